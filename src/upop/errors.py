@@ -1,0 +1,33 @@
+"""What upop tells its user when something is wrong: one line, and an exit code of 2 from the command line.
+
+Holds exceptions only; it must not import anything of the package.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UpopError(ValueError):
+    """Bad input: the message says where, what was expected, what came and what to do."""
+
+
+class DataError(UpopError):
+    """Images, labels or data sets that cannot be used as they are."""
+
+
+class ModelError(UpopError):
+    """A model, model folder or model name that cannot be used as it is."""
+
+
+class TargetError(UpopError):
+    """A pruning target that cannot be met."""
+
+
+class TrainingError(UpopError):
+    """Training that cannot go on, such as a loss that is no longer finite."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known word nearest to `word`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

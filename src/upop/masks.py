@@ -1,0 +1,83 @@
+"""Masks: one value per unit, multiplied onto the weight rows and biases of the Linears that produce the units.
+
+`m * (W x + b) = (m W) x + m b`, so nothing is stored or multiplied per token, and autograd's gradient for `m` is the
+row-wise dot product that masking the activation would give. Must not decide anything: values are set from outside.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upop.errors import ModelError
+from upop.structures import Port, Structure, linear
+
+
+@dataclass
+class _MaskedForward:
+    """Stands in for one Linear's `forward` while masks are attached."""
+
+    module: nn.Linear
+    terms: list[tuple[Tensor, Port]]
+
+    def __call__(self, input: Tensor) -> Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        # In the weights' own precision: a float32 scale would lift bfloat16 weights out of the model's dtype.
+        rows = torch.ones((), dtype=weight.dtype, device=weight.device)
+        for mask_U, port in self.terms:
+            rows = rows * port.expand(mask_U.to(device=weight.device, dtype=weight.dtype))
+        return F.linear(input, weight * rows.unsqueeze(-1), None if bias is None else bias * rows)
+
+
+class Masks:
+    """Mask values of a model, attached to it until `detach()`.
+
+    `values[name]` is float32 [U], starts at 1, and collects its gradient in `.grad` like any leaf tensor. The values
+    are no parameters of the model: its parameter names, state dict and optimizers do not see them.
+    """
+
+    def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
+        self.values: dict[str, Tensor] = {}
+        forwards: dict[str, _MaskedForward] = {}
+        for s in structures:
+            device = linear(model, s.producers[0].path).weight.device
+            mask = torch.ones(s.units, dtype=torch.float32, device=device, requires_grad=True)
+            self.values[s.name] = mask
+            for port in s.producers:
+                module = linear(model, port.path)
+                _refuse_foreign_forward(module, port.path)
+                forwards.setdefault(port.path, _MaskedForward(module, [])).terms.append((mask, port))
+        self._forwards = list(forwards.values())
+        for forward in self._forwards:
+            # On the instance, so that names, classes and other instances stay as they are.
+            forward.module.forward = forward  # type: ignore[method-assign,assignment]
+
+    def detach(self) -> None:
+        """Take the masks off: the model computes with its own weights again, bit for bit. Idempotent."""
+        for forward in self._forwards:
+            forward.module.__dict__.pop("forward", None)
+        self._forwards = []
+
+    def gradients(self) -> dict[str, Tensor] | None:
+        """The collected gradients [U], float32, or None where no backward has reached the masks; clears them."""
+        if any(mask.grad is None for mask in self.values.values()):
+            return None
+        found = {name: mask.grad.float() for name, mask in self.values.items() if mask.grad is not None}
+        for mask in self.values.values():
+            mask.grad = None
+        return found
+
+    @torch.no_grad()
+    def set_(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite all mask values, in place, so that optimizers and compiled graphs keep their tensors."""
+        for name, mask in self.values.items():
+            mask.copy_(values[name])
+
+
+def _refuse_foreign_forward(module: nn.Module, path: str) -> None:
+    if "forward" in module.__dict__:
+        raise ModelError(
+            f"{path}: its forward is already replaced (another search, or a library's hook); detach that first"
+        )

@@ -1,0 +1,129 @@
+"""Slimmed model classes, and loading of any image classifier from a folder or the Hub.
+
+The classes add nothing to transformers' forward: they only build their Linears at the widths of their config.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ViTForImageClassification,
+)
+
+from upop.errors import ModelError
+from upop.families import find_structures
+from upop.pretrained import PrunedConfig, PrunedDeiTConfig, PrunedViTConfig
+from upop.slim import cut_
+
+
+class PrunedViTForImageClassification(ViTForImageClassification):  # type: ignore[misc]
+    """ViTForImageClassification with its own width in every layer."""
+
+    config_class = PrunedViTConfig
+
+    def __init__(self, config: PrunedViTConfig) -> None:
+        super().__init__(config)
+        _narrow_(self, config)
+
+
+class PrunedDeiTForImageClassification(DeiTForImageClassification):  # type: ignore[misc]
+    """DeiTForImageClassification with its own width in every layer."""
+
+    config_class = PrunedDeiTConfig
+
+    def __init__(self, config: PrunedDeiTConfig) -> None:
+        super().__init__(config)
+        _narrow_(self, config)
+
+
+class PrunedDeiTForImageClassificationWithTeacher(DeiTForImageClassificationWithTeacher):  # type: ignore[misc]
+    """DeiTForImageClassificationWithTeacher (inference only) with its own width in every layer."""
+
+    config_class = PrunedDeiTConfig
+
+    def __init__(self, config: PrunedDeiTConfig) -> None:
+        super().__init__(config)
+        _narrow_(self, config)
+
+
+PRUNED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    ViTForImageClassification: PrunedViTForImageClassification,
+    DeiTForImageClassification: PrunedDeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher: PrunedDeiTForImageClassificationWithTeacher,
+}
+
+AutoModelForImageClassification.register(PrunedViTConfig, PrunedViTForImageClassification, exist_ok=True)
+# A tuple: transformers then chooses by the `architectures` entry of config.json.
+AutoModelForImageClassification.register(
+    PrunedDeiTConfig,
+    (PrunedDeiTForImageClassification, PrunedDeiTForImageClassificationWithTeacher),
+    exist_ok=True,
+)
+
+
+def _narrow_(model: nn.Module, config: PrunedConfig) -> None:
+    """Cut the Linears of a freshly built model to the widths of its config; works on the meta device too."""
+    widths = {"attn": config.attn_widths, "mlp": config.mlp_widths}
+    keep = {}
+    for s in find_structures(model):
+        kind_widths = widths[s.kind]
+        width = s.units if kind_widths is None else kind_widths[s.layer]
+        keep[s.name] = torch.arange(s.units, device="cpu") < width
+    cut_(model, keep)
+
+
+def adopt_(model: nn.Module) -> None:
+    """Turn a slimmed stock model into its Pruned class, with a config that holds its widths. In place.
+
+    Changing the class changes no computation: the Pruned classes differ in their constructor only.
+    """
+    config_class = PrunedViTConfig if isinstance(model, ViTForImageClassification) else PrunedDeiTConfig
+    widths: dict[str, list[int]] = {"attn": [], "mlp": []}
+    for s in find_structures(model):
+        widths[s.kind].append(s.units)
+    stock: Any = model
+    values = {k: v for k, v in stock.config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    values |= {f"{kind}_widths": numbers for kind, numbers in widths.items()}
+    config = config_class.from_dict(values, attn_implementation=stock.config._attn_implementation)
+    pruned = PRUNED_CLASSES.get(type(model), type(model))
+    config.architectures = [pruned.__name__]
+    for module in model.modules():
+        # Blocks hold the same config object for their attention implementation.
+        if getattr(module, "config", None) is stock.config and module is not model:
+            module.config = config
+    stock.config = config
+    model.__class__ = pruned
+
+
+def load(source: str) -> nn.Module:
+    """See `upop.from_pretrained`."""
+    local = Path(source).exists()
+    if local and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"{source}: expected a model folder with config.json and model.safetensors, found none")
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        what = "cannot load the model folder" if local else "no such local folder, and not to be had from the Hub"
+        raise ModelError(f"{source}: {what} ({_first_line(error)})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(str(key) for key in info.get(problem, ())):
+            raise ModelError(
+                f"{source}: {len(found)} {problem.replace('_', ' ')}, such as {found[0]}; the weights do not belong "
+                "to config.json, or the folder is no image classifier"
+            )
+    module: nn.Module = model
+    return module.eval()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,157 @@
+"""Structures: which rows and columns of which Linears belong to one prunable unit, as plain data.
+
+Masking, ranking and slimming know structures and nothing of a model family; this module must not know one either.
+
+Vocabulary
+    structure   one prunable group of equal units in one layer, named `<kind>.<layer>`
+    kind        the type of a structure: `attn` (head dims), `mlp` (hidden neurons)
+    unit        the smallest thing that can be removed from a structure
+    keep        bool [units], True = stays
+    cost        parameters that removing one unit removes from the model
+    ratio       fraction REMOVED, in [0, 1]
+Shape suffixes: U units, D width, H heads, K head dim.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from upop.errors import ModelError, UpopError
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where the units of a structure sit in one Linear.
+
+    The Linear's output rows (of a producer) or input columns (of a consumer) are laid out as
+    (outer, units, inner), units being the structure's. The head dims of a q projection with H heads have
+    `outer=H`: row `h * K + u` belongs to unit `u`.
+    """
+
+    path: str
+    outer: int = 1
+    inner: int = 1
+
+    def expand(self, values_U: Tensor) -> Tensor:
+        """Per-unit values [U] as per-row (or per-column) values [outer * U * inner]; differentiable."""
+        return values_U.view(1, -1, 1).expand(self.outer, -1, self.inner).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A number on a module that follows a structure's width, such as `head_dim`: `per_unit * kept units`."""
+
+    path: str
+    name: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One prunable group of `units` equal units.
+
+    `producers` are the Linears whose output rows the units own (these are masked), `consumers` those whose
+    input columns they own. At least `floor` units always stay.
+    """
+
+    kind: str
+    layer: int
+    units: int
+    cost: int
+    producers: tuple[Port, ...]
+    consumers: tuple[Port, ...]
+    attributes: tuple[Attribute, ...] = ()
+    floor: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}.{self.layer}"
+
+
+def linear(model: nn.Module, path: str) -> nn.Linear:
+    """The plain Linear at `path`; raises ModelError for anything else (quantised and LoRA-wrapped ones too)."""
+    module = model.get_submodule(path)
+    if type(module) is not nn.Linear:
+        raise ModelError(
+            f"{path}: expected a plain torch.nn.Linear, got {type(module).__qualname__}; merge adapters and "
+            "dequantise before pruning"
+        )
+    return module
+
+
+def make_structure(
+    model: nn.Module,
+    *,
+    kind: str,
+    layer: int,
+    units: int,
+    producers: Sequence[Port],
+    consumers: Sequence[Port],
+    attributes: Sequence[Attribute] = (),
+) -> Structure:
+    """A Structure whose unit cost is derived from, and checked against, the shapes in `model`.
+
+    Raises ModelError where a Linear's size is not `outer * units * inner`.
+    """
+    cost = 0
+    for port in producers:
+        module = linear(model, port.path)
+        _check_size(port, "out_features", module.out_features, units)
+        cost += port.outer * port.inner * (module.in_features + (module.bias is not None))
+    for port in consumers:
+        module = linear(model, port.path)
+        _check_size(port, "in_features", module.in_features, units)
+        cost += port.outer * port.inner * module.out_features
+    return Structure(kind, layer, units, cost, tuple(producers), tuple(consumers), tuple(attributes))
+
+
+def _check_size(port: Port, what: str, size: int, units: int) -> None:
+    expected = port.outer * units * port.inner
+    if size != expected:
+        raise ModelError(
+            f"{port.path}.{what}: expected {port.outer} x {units} x {port.inner} = {expected}, got {size}; "
+            "the layer is not laid out as its family says"
+        )
+
+
+def prunable_cost(structures: Iterable[Structure]) -> int:
+    """Parameters that belong to some unit."""
+    return sum(s.units * s.cost for s in structures)
+
+
+def removable_cost(structures: Iterable[Structure]) -> int:
+    """Parameters that can go while every structure keeps its floor."""
+    return sum((s.units - s.floor) * s.cost for s in structures)
+
+
+def removed_cost(structures: Iterable[Structure], keep: Mapping[str, Tensor]) -> int:
+    """Parameters that slimming by `keep` removes."""
+    return sum(int((~keep[s.name]).sum()) * s.cost for s in structures)
+
+
+def kept_widths(structures: Iterable[Structure], keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Units left per kind, one number a layer."""
+    widths: dict[str, list[int]] = {}
+    for s in structures:
+        widths.setdefault(s.kind, []).append(int(keep[s.name].sum()))
+    return widths
+
+
+def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> None:
+    """Raise UpopError unless `keep` has one bool vector of the right size, floor respected, per structure."""
+    names = [s.name for s in structures]
+    assert max(Counter(names).values(), default=0) <= 1, "structure names must be unique"
+    if unknown := sorted(set(keep) - set(names)):
+        raise UpopError(f"keep[{unknown[0]!r}]: no such structure; this model has {names[0]} .. {names[-1]}")
+    for s in structures:
+        if s.name not in keep:
+            raise UpopError(f"keep: expected an entry for every structure, {s.name!r} is missing")
+        value = keep[s.name]
+        if value.dtype.is_floating_point or value.shape != (s.units,) or value.dtype.itemsize != 1:
+            raise UpopError(
+                f"keep[{s.name!r}]: expected a bool tensor [{s.units}], got {value.dtype} {list(value.shape)}"
+            )
+        if int(value.sum()) < s.floor:
+            raise UpopError(f"keep[{s.name!r}]: at least {s.floor} unit(s) must stay, got {int(value.sum())}")
