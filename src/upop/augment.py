@@ -81,7 +81,7 @@ def crop(images: Tensor, *, pad: int, generator: Generator) -> Tensor:
 
 
 def jitter(images: Tensor, *, strength: float, generator: Generator) -> Tensor:
-    """Change brightness, contrast, then saturation of each image, by factors in [1 - strength, 1 + strength]."""
+    """Scale brightness, contrast, then saturation of each image, by factors in [1 - strength, 1 + strength]."""
     factors = 1 + strength * (2 * _uniform((3, len(images), 1, 1, 1), generator) - 1)
     brightness, contrast, saturation = _send(factors, images).to(images.dtype)
     images = (images * brightness).clamp(0, 1)
@@ -114,7 +114,7 @@ def mixup(images: Tensor, targets: Tensor, *, alpha: float, generator: Generator
 
 
 def cutmix(images: Tensor, targets: Tensor, *, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of another image of the batch into each; targets float [B, C] mix by the area kept."""
+    """Paste a box of another image of the batch into each; targets float [B, C] mix by the area kept."""
     batch, _, height, width = images.shape
     partner = _send(torch.randperm(batch, generator=generator, device=generator.device), images)
     side = (1 - _beta(batch, alpha, generator)).sqrt()
@@ -145,17 +145,18 @@ def _send(draws: Tensor, images: Tensor) -> Tensor:
 
 
 def _shifted(batch: int, length: int, pad: int, generator: Generator) -> Tensor:
-    """Positions int64 [B, length] read along one axis by a crop shifted by up to `pad`, reflected at the ends."""
+    """Positions int64 [B, length] that a crop shifted by up to `pad` reads along an axis, reflected at its ends."""
     shift = torch.randint(-pad, pad + 1, (batch, 1), generator=generator, device=generator.device)
-    position = (torch.arange(length, device=generator.device) + shift).abs()
-    return length - 1 - (length - 1 - position).abs()
+    position: Tensor = (torch.arange(length, device=generator.device) + shift).abs()
+    reflected: Tensor = length - 1 - (length - 1 - position).abs()
+    return reflected
 
 
 def _beta(count: int, alpha: float, generator: Generator) -> Tensor:
     """Draws float [count] from Beta(alpha, alpha), by two gammas: torch.distributions takes no generator."""
     shape = torch.full((2, count), alpha, dtype=torch.float64, device=generator.device)
-    first, second = torch._standard_gamma(shape, generator=generator)
-    return (first / (first + second)).float()
+    gammas = torch._standard_gamma(shape, generator=generator)
+    return torch.div(gammas[0], gammas[0] + gammas[1]).float()
 
 
 def _span(middle: Tensor, side: Tensor, length: int) -> Tensor:
@@ -171,10 +172,11 @@ def _inside(box: Tensor, height: int, width: int) -> Tensor:
     row = torch.arange(height, device=box.device)
     column = torch.arange(width, device=box.device)
     rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
+    inside: Tensor = rows[:, :, None] & columns[:, None, :]
+    return inside[:, None]
 
 
 def _grey(images: Tensor) -> Tensor:
     """Luma float [B, 1, h, w]."""
-    red, green, blue = images.split(1, dim=1)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    grey: Tensor = LUMA[0] * images[:, 0:1] + LUMA[1] * images[:, 1:2] + LUMA[2] * images[:, 2:3]
+    return grey

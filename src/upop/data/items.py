@@ -6,8 +6,10 @@ Shapes: n images, h height, w width; pixels are uint8 RGB in [0, 255].
 
 import io
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -16,27 +18,78 @@ from PIL import Image, ImageOps
 
 from upop.errors import DataError
 
+Ints: TypeAlias = npt.NDArray[np.int64]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 EXIF_ORIENTATION = 0x0112
 TASK = 32  # images a thread decodes in one go: neighbours, since a table is read in row groups
+WAITING = 8  # tasks queued ahead: stopping early is quick, and few decoded images wait
 
 
 class Items(Protocol):
-    """Encoded images, readable in any order and from several threads or processes."""
+    """Encoded images, readable in any order, from threads and (pickled) from other processes."""
+
+    @property
+    def root(self) -> str:
+        """Where they all are: a folder, or a data set on the Hub."""
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str:
-        """What to call this image in a message."""
+        """What this image is called below the root, the same on every machine."""
 
-    def size(self, index: int) -> int:
-        """Encoded size in bytes."""
+    def sizes(self) -> Ints:
+        """Encoded size in bytes of all images [n]."""
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
 
 
+class FileItems:
+    """Images in files of their own."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root = str(root)
+        self.names = names  # relative, with forward slashes
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def sizes(self) -> Ints:
+        return np.array([os.stat(os.path.join(self.root, name)).st_size for name in self.names], dtype=np.int64)
+
+    def read(self, index: int) -> bytes:
+        return Path(self.root, self.names[index]).read_bytes()
+
+
+class Chosen:
+    """Some of other items."""
+
+    def __init__(self, items: Items, index: Ints) -> None:
+        self.items, self.index = items, index
+        self.root = items.root
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, index: int) -> str:
+        return self.items.name(int(self.index[index]))
+
+    def sizes(self) -> Ints:
+        return self.items.sizes()[self.index]
+
+    def read(self, index: int) -> bytes:
+        return self.items.read(int(self.index[index]))
+
+
 class SizesDifferError(Exception):
     """Images that seemed to be of one size are not."""
+
+
+def full_name(items: Items, index: int) -> str:
+    """What to call an image in a message."""
+    return f"{items.root}/{items.name(index)}"
 
 
 def decode(items: Items, index: int, size: int | None) -> Pixels:
@@ -49,35 +102,17 @@ def decode(items: Items, index: int, size: int | None) -> Pixels:
             rgb = _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise about anything on broken files
         raise DataError(
-            f"{items.name(index)}: expected an image, got {type(error).__name__}: {_line(error)}; "
-            "remove or replace it, or skip such files with skip_bad"
+            f"{full_name(items, index)}: expected an image, got {type(error).__name__}: {one_line(error)}; "
+            "remove or replace it, or leave such files out with skip_bad"
         ) from error
     if size is not None:
         rgb = _centre(rgb, size)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating point pixels, whose range is unknown")
-    if "transparency" in image.info:  # otherwise Pillow warns
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    shorter = round(size * 256 / 224)
-    scale = shorter / min(image.size)
-    width, height = (max(shorter, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def common_size(items: Items) -> tuple[int, int] | None:
@@ -87,6 +122,65 @@ def common_size(items: Items) -> tuple[int, int] | None:
     sample = sorted({index for start in starts for index in range(start, min(count, start + 64))})
     sizes = {size for index in sample if (size := _header(items, index)) is not None}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def decode_all(items: Items, size: int | None, *, skip_bad: bool) -> tuple[Pixels, Ints]:
+    """Pixels [n, 3, h, w] of all images and the positions of broken ones, whose pixels stay 0.
+
+    Without `skip_bad` the first broken image is an error. SizesDifferError if `size` is None and they do.
+    """
+    pixels: Pixels | None = None
+    bad: list[int] = []
+    for index, image in _decoded(items, size):
+        if isinstance(image, DataError):
+            if not skip_bad:
+                raise image
+            bad.append(index)
+            continue
+        if pixels is None:
+            pixels = np.zeros((len(items), *image.shape), dtype=np.uint8)
+        if image.shape != pixels.shape[1:]:
+            raise SizesDifferError
+        pixels[index] = image
+    if pixels is None:
+        raise DataError(f"{items.root}: none of the {len(items)} images can be decoded; check the files")
+    return pixels, np.array(bad, dtype=np.int64)
+
+
+def find_bad(items: Items) -> Ints:
+    """Positions of broken images; reads and decodes everything, keeps nothing."""
+    bad = [index for index, image in _decoded(items, None) if isinstance(image, DataError)]
+    return np.array(bad, dtype=np.int64)
+
+
+def _decoded(items: Items, size: int | None) -> Iterator[tuple[int, Pixels | DataError]]:
+    """(index, pixels or what is wrong) in order, decoded by a few threads: Pillow frees the interpreter."""
+
+    def task(start: int) -> list[Pixels | DataError]:
+        stop = min(start + TASK, len(items))
+        return [_decode_or_error(items, index, size) for index in range(start, stop)]
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        yield from enumerate(_ordered(pool, task, len(items)))
+
+
+def _ordered(
+    pool: ThreadPoolExecutor, task: Callable[[int], list[Pixels | DataError]], count: int
+) -> Iterator[Pixels | DataError]:
+    waiting: deque[Future[list[Pixels | DataError]]] = deque()
+    for start in range(0, count, TASK):
+        waiting.append(pool.submit(task, start))
+        if len(waiting) > WAITING:
+            yield from waiting.popleft().result()
+    for future in waiting:
+        yield from future.result()
+
+
+def _decode_or_error(items: Items, index: int, size: int | None) -> Pixels | DataError:
+    try:
+        return decode(items, index, size)
+    except DataError as error:
+        return error
 
 
 def _header(items: Items, index: int) -> tuple[int, int] | None:
@@ -100,30 +194,21 @@ def _header(items: Items, index: int) -> tuple[int, int] | None:
     return (width, height) if lies else (height, width)
 
 
-def decode_all(items: Items, size: int | None, *, skip_bad: bool) -> tuple[Pixels, list[int]]:
-    """Pixels [n, 3, h, w] of all images and the positions of broken ones, whose pixels stay 0.
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip instead of scale
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating point pixels, whose range is unknown")
+    if image.mode == "P" and "transparency" in image.info:  # converted in one step, Pillow warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
-    Without `skip_bad` the first broken image is an error. SizesDifferError if `size` is None and they do.
-    """
-    pixels: Pixels | None = None
-    bad: list[int] = []
 
-    def work(start: int) -> list[Pixels | DataError]:
-        stop = min(start + TASK, len(items))
-        return [_decode_or_error(items, index, size) for index in range(start, stop)]
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for index, image in _flat(pool, work, len(items)):
-            if isinstance(image, DataError):
-                if not skip_bad:
-                    raise image
-                bad.append(index)
-                continue
-            if pixels is None:
-                pixels = np.zeros((len(items), *image.shape), dtype=np.uint8)
-            if image.shape != pixels.shape[1:]:
-                raise SizesDifferError
-            pixels[index] = image
-    if pixels is None:
-        raise DataError("none of the images could be decoded; check the files")
-    return pixels, bad
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    shorter = round(size * 256 / 224)
+    scale = shorter / min(image.size)
+    width, height = (max(shorter, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))

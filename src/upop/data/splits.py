@@ -4,18 +4,16 @@ Must not read files or know where images come from.
 Shapes: n images, h height, w width; images are uint8 RGB in [0, 255].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from upop.data.items import Items, decode
+from upop.data.items import Ints, Items, decode
 from upop.errors import DataError
-
-Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -31,19 +29,18 @@ class MemorySplit:
 
 @dataclass(frozen=True)
 class StreamSplit:
-    """A split too large for memory: each image is decoded, resized and cropped when it is asked for."""
+    """A split too large for memory: an image is decoded, resized and cropped whenever it is asked for."""
 
-    items: Items
-    index: Ints  # [n] positions in `items`
+    items: Items  # n, this split's alone
     labels: Tensor  # int64 [n]
     size: int  # every image comes as uint8 [3, size, size]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, position: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:
         """Image uint8 [3, size, size]; a file that is no image is a DataError that names it."""
-        return torch.from_numpy(decode(self.items, int(self.index[position]), self.size))
+        return torch.from_numpy(decode(self.items, index, self.size))
 
 
 Split: TypeAlias = MemorySplit | StreamSplit
@@ -62,14 +59,30 @@ class ImageData:
     skipped: tuple[str, ...]  # files left out on request
 
 
-def cut(labels: Ints, count: int, *, seed: int, stream: int, what: str) -> tuple[Ints, Ints]:
-    """Positions (rest, part) with `count` of them in the part, classes in proportion, both ascending.
+def check_classes(labels: Ints, parts: dict[str, Ints], classes: Sequence[str], where: str) -> None:
+    """Every class has an image in train, and no other part has a class that train lacks."""
+    present = {part: set(np.unique(labels[index]).tolist()) for part, index in parts.items()}
+    for part, found in present.items():
+        if extra := sorted(found - present["train"]):
+            raise DataError(
+                f"{where}: expected the classes of train in {part}, got {_some(extra, classes)} besides; "
+                "give both the same classes"
+            )
+    if missing := sorted(set(range(len(classes))) - present["train"]):
+        raise DataError(f"{where}: class {_some(missing, classes)} has no image in train; add images or remove it")
 
-    Depends on the labels, the seed and the stream alone: the keys are raw PCG64 output, which numpy promises
-    to keep on every platform and in every version (it does not promise that for shuffles).
+
+def cut(
+    labels: Ints, count: int, *, seed: int, stream: int, what: str, classes: Sequence[str], rest: int = 1
+) -> tuple[Ints, Ints]:
+    """Positions (others, part) of `count` images in the part, classes in proportion, both ascending.
+
+    Every class keeps one image in the part and at least `rest` among the others. The choice depends on the
+    labels, the seed and the stream alone: its keys are raw PCG64 output, which numpy promises to keep on
+    every platform and in every version (it does not promise that for shuffles).
     """
-    quota = _quota(np.bincount(labels), count, what)
-    keys = np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(len(labels))
+    quota = _quota(np.bincount(labels, minlength=len(classes)), count, rest, what, classes)
+    keys = np.random.PCG64(np.random.SeedSequence([seed % 2**64, stream])).random_raw(len(labels))
     taken = np.zeros(len(labels), dtype=bool)
     for label, amount in enumerate(quota):
         members = np.flatnonzero(labels == label)
@@ -77,25 +90,30 @@ def cut(labels: Ints, count: int, *, seed: int, stream: int, what: str) -> tuple
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
-def _quota(sizes: Ints, count: int, what: str) -> Ints:
-    """How many of each class the part gets: in proportion, and one at least on either side of the cut."""
-    present = sizes > 0
-    least, most = present.astype(np.int64), sizes - present
-    if (most < least).any():
-        label = int(np.flatnonzero(most < least)[0])
+def _quota(sizes: Ints, count: int, rest: int, what: str, classes: Sequence[str]) -> Ints:
+    """How many of each class [C] the part gets: in proportion, by largest remainder within the limits."""
+    present = (sizes > 0).astype(np.int64)
+    most = sizes - rest * present
+    if scarce := np.flatnonzero(most < present).tolist():
         raise DataError(
-            f"{what}: class {label} has a single image, a stratified split needs one in each part; add images"
+            f"{what}: expected {rest + 1} images or more of every class for a stratified split, "
+            f"got {sizes[scarce[0]]} of {_some(scarce, classes)}; add images"
         )
-    if not least.sum() <= count <= most.sum():
+    low, high = int(present.sum()), int(most.sum())
+    if not low <= count <= high:
         raise DataError(
-            f"{what}: expected {least.sum()} to {most.sum()} images so that each of {present.sum()} classes has "
-            f"one in both parts, got {count}; choose a number in between"
+            f"{what}: expected {low} to {high} of {sizes.sum()} images, so that each of {low} classes is on "
+            f"either side of a stratified split, got {count}; choose a number in between"
         )
     share = sizes * (count / sizes.sum())
-    quota = np.clip(np.floor(share).astype(np.int64), least, most)
-    while (missing := count - int(quota.sum())) != 0:
+    quota: Ints = np.clip(np.floor(share).astype(np.int64), present, most)
+    while missing := count - int(quota.sum()):
         step = 1 if missing > 0 else -1
-        free = quota < most if step > 0 else quota > least
-        need = np.where(free, step * (share - quota), -np.inf)
-        quota[int(np.argmax(need))] += step
+        free = quota < most if step > 0 else quota > present
+        quota[int(np.argmax(np.where(free, step * (share - quota), -np.inf)))] += step
     return quota
+
+
+def _some(labels: Sequence[int], classes: Sequence[str]) -> str:
+    names = ", ".join(repr(classes[label]) for label in labels[:3])
+    return names + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")

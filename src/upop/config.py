@@ -1,0 +1,162 @@
+"""The configuration of one run: validated where it is made, saved beside every result.
+
+One flat, frozen model: a field here is an option on the command line and a key in a config file, under one name.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from upop.errors import UpopError, nearest
+from upop.schedules import SCHEDULES
+
+STAGES = ("dense", "search", "retrain")
+
+
+class ConfigError(UpopError):
+    """A key or value that a configuration cannot have."""
+
+
+class PruneConfig(BaseModel):
+    """Everything that decides what a run computes. `None` means: chosen from model and device, see `resolve`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = Field(description="Hub name, local folder, or built-in shape such as deit-tiny-cifar")
+    data: str = Field(description="cifar10, a Hub data set, digits, or a local folder")
+    target: str = Field("params=0.5", description="what to remove: params=X of all, prunable=X of the prunable ones")
+    out: str = Field("runs/latest", description="folder for everything that comes out")
+    stages: str = Field("dense,search,retrain", description="which stages to run, each on the model it is given")
+
+    epochs_dense: int | None = Field(None, ge=1, description="fine-tuning epochs (3; from scratch 100)")
+    epochs_search: int = Field(3, ge=1, description="search epochs")
+    epochs_retrain: int = Field(5, ge=1, description="retraining epochs of the slimmed model")
+    batch_size: int = Field(128, ge=1, description="images per optimizer step, over all processes")
+    accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
+    optimizer: Literal["adamw", "muon"] | None = Field(None, description="adamw; from scratch: muon")
+    lr: float | None = Field(None, gt=0, description="peak learning rate of the dense stage (5e-5; from scratch 0.02)")
+    lr_search: float | None = Field(None, gt=0, description="learning rate of the search, constant (lr / 2)")
+    lr_retrain: float | None = Field(None, gt=0, description="peak learning rate of retraining (lr)")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled; never on norms, biases, tokens, positions")
+    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of a stage's steps for the learning rate to rise")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    distill: float = Field(
+        0.0, ge=0, le=1, description="weight of the dense model's soft labels in search and retrain"
+    )
+    temperature: float = Field(2.0, gt=0, description="temperature of distillation")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = off")
+
+    schedule: str = Field("sine", description=f"growth of the ratio: {', '.join(SCHEDULES)}")
+    interval: int = Field(1, ge=1, description="steps between two decisions of the search")
+    gradient_order: Literal["paper", "authors"] = Field("paper", description="z-score then sum, or sum then z-score")
+    sparsity_attn: float = Field(4.8e-3, ge=0, description="weight of sum |mask| over head dims")
+    sparsity_mlp: float = Field(2e-4, ge=0, description="weight of sum |mask| over hidden neurons")
+
+    flip: bool = Field(True, description="random horizontal flip")
+    crop: int = Field(4, ge=0, description="random crop after padding by this many pixels per 32")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 = off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 = off")
+    erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
+    color: float = Field(0.0, ge=0, le=1, description="strength of colour jitter")
+
+    validation: float | None = Field(None, gt=0, description="images (> 1) or share (< 1) of train held out (0.1)")
+    subset: int | None = Field(None, ge=1, description="use only so many images of each split, for a quick trial")
+    skip_bad: bool = Field(False, description="skip unreadable images (they are listed) instead of stopping")
+    seed: int = Field(0, ge=0, description="of everything random")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of training; results are read in float32")
+    attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="attention kernel in training")
+    compile: bool = Field(False, description="torch.compile the model")
+    workers: int = Field(2, ge=0, description="decoding processes, for data sets too large for memory")
+    tracker: str | None = Field(None, description="also log to tensorboard, wandb, ... (through Accelerate)")
+
+    @field_validator("stages")
+    @classmethod
+    def _known_stages(cls, value: str) -> str:
+        wanted = [part.strip() for part in value.split(",")]
+        for part in wanted:
+            if part not in STAGES:
+                raise ValueError(f"expected some of {', '.join(STAGES)}, got {part!r}{nearest(part, STAGES)}")
+        return ",".join(stage for stage in STAGES if stage in wanted)
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        if value not in SCHEDULES:
+            raise ValueError(f"expected one of {', '.join(SCHEDULES)}, got {value!r}{nearest(value, SCHEDULES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _needs_search_for_masks(self) -> "PruneConfig":
+        if self.stages == "dense,retrain":
+            raise ValueError("stages: expected a search between dense and retrain")
+        return self
+
+    def has(self, stage: str) -> bool:
+        """Whether the run includes `stage`."""
+        return stage in self.stages.split(",")
+
+    def resolve(self, *, trained: bool, device_type: str) -> "PruneConfig":
+        """The same configuration with every automatic value filled in, as it is saved beside the result.
+
+        Pretrained weights get a learning rate that does not destroy them: 5e-5 for AdamW. From scratch: Muon.
+        """
+        optimizer = self.optimizer or ("adamw" if trained else "muon")
+        lr = self.lr or (5e-5 if trained else {"muon": 0.02, "adamw": 1e-3}[optimizer])
+        bf16 = device_type == "cuda" or _cpu_has_bf16()
+        return self.model_copy(
+            update={
+                "epochs_dense": self.epochs_dense or (3 if trained else 100),
+                "optimizer": optimizer,
+                "lr": lr,
+                "lr_search": self.lr_search or lr / 2,
+                "lr_retrain": self.lr_retrain or lr,
+                "device": device_type,
+                "precision": ("bf16" if bf16 else "fp32") if self.precision == "auto" else self.precision,
+                "attention": ("eager" if device_type == "cpu" else "sdpa")
+                if self.attention == "auto"
+                else self.attention,
+            }
+        )
+
+    def to_toml(self) -> str:
+        """As a config file that `load_config` reads back; values left to be chosen are left out."""
+        values = self.model_dump(exclude_none=True)
+        return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
+    """A PruneConfig of `values`; raises ConfigError in one line, naming the nearest known key for an unknown one."""
+    for key in values:
+        if key not in PruneConfig.model_fields:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, PruneConfig.model_fields)}")
+    try:
+        return PruneConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        raise ConfigError(f"{where}: {key + ': ' if key else ''}{what}{got}") from None
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The values in a TOML config file; raises ConfigError where it cannot be read."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{path}: expected TOML such as model = "deit-tiny-cifar" ({error})') from None
+    return values
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    # Without bf16 instructions, autocast on a CPU is slower than float32.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,216 @@
+"""From the name of a data set to its three splits: list, cut, then decode or stream.
+Must not read file formats itself.
+
+Shapes: n images, h height, w width.
+"""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from upop.data import cache
+from upop.data.items import (
+    Chosen,
+    Ints,
+    Items,
+    Pixels,
+    SizesDifferError,
+    common_size,
+    decode_all,
+    find_bad,
+    full_name,
+)
+from upop.data.listing import Listing
+from upop.data.sources import find
+from upop.data.splits import ImageData, MemorySplit, Split, StreamSplit, check_classes, cut
+from upop.data.tables import ParquetItems, for_random_access
+from upop.errors import DataError
+
+PARTS = ("train", "validation", "test")
+# Each cut draws from a stream of its own, so that none moves when another one is asked for.
+STREAMS = {"test": 0, "validation": 1, "subset of train": 3, "subset of validation": 4, "subset of test": 5}
+
+
+@dataclass(frozen=True)
+class _Limits:
+    memory: int  # bytes of decoded images
+    size: int  # pixels of a side of resized images
+    skip_bad: bool
+
+
+def load_data(
+    spec: str,
+    *,
+    validation: int | float | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
+    memory_limit: int = 4 * 2**30,
+    image_size: int = 224,
+    subset: int | None = None,
+) -> ImageData:
+    """Load a data set: "cifar10", "digits", `owner/name` on the Hub, or a local folder.
+
+    validation: how many images of train (or which part of it, as a float) become the validation split; by
+        default a tenth, or nothing where the data set has one of its own. A missing test split is a tenth
+        too. Cuts are stratified and depend on the seed and the labels alone.
+    skip_bad: leave out files that are no images, instead of an error; `skipped` names them.
+    memory_limit: bytes that decoded images may take; beyond, they are decoded as they are used.
+    image_size: what images of differing sizes, and streamed ones, are brought to: the shorter side to 256/224
+        of it, then the central square. Images that all have one size are kept as they are.
+    subset: keep this many images of each split (all, where there are fewer).
+    """
+    listing = find(spec, skip_bad=skip_bad)
+    check_classes(listing.labels, listing.parts, listing.classes, listing.name)
+    parts = _with_subset(_with_all_parts(listing, validation, seed), listing, subset, seed)
+    splits, bad = _splits(listing, parts, _Limits(memory_limit, image_size, skip_bad))
+    return ImageData(
+        name=listing.name,
+        classes=listing.classes,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
+        fingerprint=_fingerprint(splits),
+        skipped=(*listing.skipped, *bad),
+    )
+
+
+def _with_all_parts(listing: Listing, validation: int | float | None, seed: int) -> dict[str, Ints]:
+    """Train, validation and test; the missing ones cut from train."""
+    parts = dict(listing.parts)
+    total = len(parts["train"])
+    default = max(round(listing.share * total), len(listing.classes))
+    if validation is not None and "validation" in parts:
+        raise DataError(
+            f"{listing.name}: validation={validation} given, but the data set has a validation split of "
+            f"{len(parts['validation'])} images; leave validation out"
+        )
+    counts = {"test": default, "validation": default if validation is None else _count(validation, total)}
+    for part, count in counts.items():
+        if part not in parts:
+            pool = parts["train"]
+            rest, taken = _cut(listing, pool, count, seed, part)
+            parts["train"], parts[part] = pool[rest], pool[taken]
+    return parts
+
+
+def _count(validation: int | float, total: int) -> int:
+    if isinstance(validation, float):
+        if not 0 < validation < 1:
+            raise DataError(f"validation: expected a float between 0 and 1, got {validation}; give a part of train")
+        return round(validation * total)
+    return validation
+
+
+def _cut(listing: Listing, pool: Ints, count: int, seed: int, what: str, rest: int = 1) -> tuple[Ints, Ints]:
+    where, stream = f"{listing.name}: {what}", STREAMS[what]
+    labels = listing.labels[pool]
+    return cut(labels, count, seed=seed, stream=stream, what=where, classes=listing.classes, rest=rest)
+
+
+def _with_subset(parts: dict[str, Ints], listing: Listing, subset: int | None, seed: int) -> dict[str, Ints]:
+    if subset is None:
+        return parts
+    kept = dict(parts)
+    for part, pool in parts.items():
+        if subset < len(pool):
+            kept[part] = pool[_cut(listing, pool, subset, seed, f"subset of {part}", rest=0)[1]]
+    return kept
+
+
+def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[dict[str, Split], list[str]]:
+    """The splits, and the names of broken images, which are in none of them."""
+    items, labels = listing.images, listing.labels
+    if isinstance(items, np.ndarray):
+        return _in_memory(items, labels, parts), []
+    needed = np.unique(np.concatenate(list(parts.values())))
+    decoded = _decoded(items, needed, listing.key, limits)
+    bad = needed[decoded[1]] if decoded is not None else _known_bad(items, needed, listing.key, limits)
+    if len(bad):
+        parts = {part: np.setdiff1d(index, bad) for part, index in parts.items()}
+        check_classes(labels, parts, listing.classes, f"{listing.name} without its broken files")
+    names = [full_name(items, index) for index in bad.tolist()]
+    if decoded is None:
+        return _streamed(items, labels, parts, listing.key, limits), names
+    places = {part: np.searchsorted(needed, index) for part, index in parts.items()}
+    return _in_memory(decoded[0], labels[needed], places), names
+
+
+def _in_memory(pixels: Pixels, labels: Ints, parts: dict[str, Ints]) -> dict[str, Split]:
+    return {
+        part: MemorySplit(torch.from_numpy(pixels[index]), torch.from_numpy(labels[index]))
+        for part, index in parts.items()
+    }
+
+
+def _streamed(
+    items: Items, labels: Ints, parts: dict[str, Ints], key: str | None, limits: _Limits
+) -> dict[str, Split]:
+    if isinstance(items, ParquetItems) and key is not None:
+        items = for_random_access(items, key)
+    return {
+        part: StreamSplit(Chosen(items, index), torch.from_numpy(labels[index]), limits.size)
+        for part, index in parts.items()
+    }
+
+
+def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tuple[Pixels, Ints] | None:
+    """Pixels of the needed images and which of these are broken; None where they would not fit in memory."""
+    for size in _sizes(Chosen(items, needed), limits):
+        with contextlib.suppress(SizesDifferError):
+            return _at_size(items, needed, size, key, limits.skip_bad)
+    return None
+
+
+def _sizes(items: Items, limits: _Limits) -> list[int | None]:
+    """Sizes to decode to that fit in memory, the best first; None: as they are."""
+    common = common_size(items)
+    wanted: list[tuple[int | None, int]] = [(None, common[0] * common[1])] if common else []
+    wanted.append((limits.size, limits.size**2))
+    return [size for size, area in wanted if 3 * area * len(items) <= limits.memory]
+
+
+def _at_size(items: Items, needed: Ints, size: int | None, key: str | None, skip_bad: bool) -> tuple[Pixels, Ints]:
+    """As `_decoded`; out of the cache, which holds whole data sets only, where it can be."""
+    name = f"{key}-{size or 'kept'}" if key else None
+    pixels = cache.read(name, np.uint8, (len(items), 3, size, size))
+    bad = cache.read(f"{name}-bad", np.int64, (None,)) if name else None
+    if pixels is not None and bad is not None and (skip_bad or not len(bad)):
+        if len(needed) == len(items):
+            return pixels, bad
+        return pixels[needed], np.searchsorted(needed, np.intersect1d(needed, bad))
+    pixels, bad = decode_all(Chosen(items, needed), size, skip_bad=skip_bad)
+    if name and len(needed) == len(items):
+        cache.write(f"{name}-bad", bad)
+        cache.write(name, pixels)
+    return pixels, bad
+
+
+def _known_bad(items: Items, needed: Ints, key: str | None, limits: _Limits) -> Ints:
+    """Which of the needed images are broken, where these may be skipped; all are decoded once to find out."""
+    if not limits.skip_bad:
+        return np.empty(0, dtype=np.int64)
+    name = f"{key}-streamed-bad" if key else None
+    whole = len(needed) == len(items)
+    bad = cache.read(name, np.int64, (None,))
+    if bad is None:
+        bad = find_bad(Chosen(items, needed))
+        bad = needed[bad]
+        if whole:
+            cache.write(name, bad)
+    return np.intersect1d(bad, needed)
+
+
+def _fingerprint(splits: dict[str, Split]) -> str:
+    digest = hashlib.sha256()
+    for split in (splits[part] for part in PARTS):
+        if isinstance(split, MemorySplit):
+            digest.update(split.images.numpy().data)
+        else:
+            names = [split.items.name(index) for index in range(len(split))]
+            digest.update("\n".join(names).encode(errors="surrogateescape"))
+            digest.update(split.items.sizes().data)
+        digest.update(split.labels.numpy().data)
+    return digest.hexdigest()

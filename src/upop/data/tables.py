@@ -1,0 +1,338 @@
+"""Images in tables: parquet files in the Hub's layout, and data sets of the Hub itself.
+Must not decode images, nor import `datasets` or pyarrow before they are needed.
+"""
+
+import bisect
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upop.data import cache
+from upop.data.items import Ints, one_line
+from upop.data.listing import SPLITS, Listing, key_of
+from upop.errors import DataError
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+SHARD = re.compile(r"(train|validation|valid|val|test)(?:-(\d+)-of-(\d+)|-.*)?\.parquet")
+
+
+class ParquetItems:
+    """Images in a column of parquet files, read by row groups: quick in order, slow at random."""
+
+    def __init__(self, root: Path, names: Sequence[str], column: str) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        self.root, self.column = str(root), column
+        self.groups: list[tuple[str, int, int]] = []  # file, row group, rows of the file before it
+        self.starts: list[int] = []  # rows of all files before the group
+        self.count = 0
+        for name in names:
+            metadata, before = ParquetFile(root / name).metadata, 0
+            for group in range(metadata.num_row_groups):
+                self.groups.append((name, group, before))
+                self.starts.append(self.count + before)
+                before += metadata.row_group(group).num_rows
+            self.count += before
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        group = bisect.bisect_right(self.starts, index) - 1
+        name, _, before = self.groups[group]
+        return f"{name} row {before + index - self.starts[group]}"
+
+    def sizes(self) -> Ints:
+        groups = [_row_group(self.root, name, group, self.column) for name, group, _ in self.groups]
+        return np.concatenate([_lengths(column) for column in groups])
+
+    def read(self, index: int) -> bytes:
+        group = bisect.bisect_right(self.starts, index) - 1
+        name, number, _ = self.groups[group]
+        column = _row_group(self.root, name, number, self.column)
+        return _encoded(column[index - self.starts[group]].as_py(), self.root)
+
+
+class MappedItems:
+    """The same images, copied to an Arrow file that is mapped into memory: quick at random."""
+
+    def __init__(self, items: ParquetItems, file: Path) -> None:
+        self.items, self.file = items, str(file)
+        self.root = items.root
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, index: int) -> str:
+        return self.items.name(index)
+
+    def sizes(self) -> Ints:
+        return _lengths(_mapped(self.file))
+
+    def read(self, index: int) -> bytes:
+        return _encoded(_mapped(self.file)[index].as_py(), self.root)
+
+
+class HubItems:
+    """Images in a column of the `datasets` library's tables, which are mapped into memory."""
+
+    def __init__(self, root: str, tables: Mapping[str, Any], column: str) -> None:
+        self.root, self.column = root, column
+        self.splits, self.tables = list(tables), list(tables.values())
+        self.starts = np.cumsum([0, *(len(table) for table in self.tables)]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def name(self, index: int) -> str:
+        part = bisect.bisect_right(self.starts, index) - 1
+        return f"{self.splits[part]} row {index - self.starts[part]}"
+
+    def sizes(self) -> Ints:
+        return np.concatenate([_lengths(table.data.column(self.column)) for table in self.tables])
+
+    def read(self, index: int) -> bytes:
+        part = bisect.bisect_right(self.starts, index) - 1
+        return _encoded(self.tables[part][index - self.starts[part]][self.column], "")
+
+
+def parquet_names(folder: Path) -> list[str]:
+    """All parquet files below a folder, relative to it, hidden folders left out."""
+    found: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(place, name) for name in files if name.endswith(".parquet")]
+    return sorted(Path(file).relative_to(folder).as_posix() for file in found)
+
+
+def parquet_folder(folder: Path) -> Listing:
+    """A folder with `train-*.parquet` and, if there, `validation-*` and `test-*`, as the Hub stores them."""
+    shards = _shards(folder, parquet_names(folder))
+    names = [name for part in shards.values() for name in part]
+    schemas = [_schema(folder / name) for name in names]
+    features = json.loads((schemas[0].metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    image, label = _columns(schemas[0].names, features, str(folder / names[0]))
+    for name, schema in zip(names, schemas, strict=True):
+        if not {image, label} <= set(schema.names):
+            raise DataError(
+                f"{folder / name}: expected columns {image!r} and {label!r} as in {names[0]}, "
+                f"got {', '.join(schema.names)}; give all files the same columns"
+            )
+        _check_image_type(schema.field(image).type, image, folder / name)
+    columns = _known({split: _read(folder, part, label) for split, part in shards.items()})
+    names = [name for split in columns for name in shards[split]]
+    items = ParquetItems(folder, names, image)
+    classes, labels, parts = _labels(columns, features.get(label, {}).get("names"), str(folder))
+    return Listing(folder.resolve().name, classes, items, labels, parts, key=key_of(folder, names))
+
+
+def hub_dataset(name: str) -> Listing:
+    """A data set of the Hub, downloaded by the `datasets` library or taken from its cache."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # network, access, unknown name, broken files: each has an exception of its own
+        raise DataError(
+            f"could not load {name} from the Hub: {type(error).__name__}: {one_line(error)}; give a local folder"
+        ) from error
+    tables = {SPLITS[split]: loaded[split] for split in loaded if split in SPLITS}
+    if "train" not in tables:
+        raise DataError(f"{name}: expected a split 'train', got {', '.join(loaded)}; choose another data set")
+    features = tables["train"].features.to_dict()
+    image, label = _columns(tables["train"].column_names, features, name)
+    columns = _known({split: table.data.column(label) for split, table in tables.items()})
+    classes, labels, parts = _labels(columns, features[label].get("names"), name)
+    plain = {split: tables[split].cast_column(image, datasets.Image(decode=False)) for split in columns}
+    files = [entry["filename"] for table in plain.values() for entry in table.cache_files]
+    key = key_of(Path("/"), files) if files else None
+    return Listing(name, classes, HubItems(name, plain, image), labels, parts, key=key)
+
+
+def for_random_access(items: ParquetItems, key: str) -> ParquetItems | MappedItems:
+    """Items that are quick to read at random; the slow ones where the cache folder cannot take a copy."""
+    file = cache.folder() / f"{key}.arrow"
+    with contextlib.suppress(Exception):  # the cache must never be the cause of an error
+        if not (file.exists() and len(_mapped(str(file))) == len(items)):
+            _copy(items, file)
+        if len(_mapped(str(file))) == len(items):
+            return MappedItems(items, file)
+    return items
+
+
+def _copy(items: ParquetItems, file: Path) -> None:
+    import pyarrow as pa
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
+    os.close(handle)
+    try:
+        first = _row_group(items.root, *items.groups[0][:2], items.column)
+        schema = pa.schema([("image", first.type)])
+        with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for name, group, _ in items.groups:
+                column = _row_group(items.root, name, group, items.column)
+                writer.write_table(pa.table([column], schema=schema))
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    _mapped.cache_clear()
+
+
+@lru_cache(maxsize=8)
+def _mapped(file: str) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(file)).read_all().column(0)
+
+
+@lru_cache(maxsize=4)
+def _row_group(root: str, name: str, group: int, column: str) -> Any:
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(Path(root, name)).read_row_group(group, columns=[column]).column(0)
+
+
+def _encoded(cell: Any, root: str) -> bytes:
+    """The image of a cell: bytes, or a struct of bytes and, where these are missing, the path of a file."""
+    if isinstance(cell, bytes):
+        return cell
+    if cell is not None and cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if cell is not None and cell.get("path"):
+        return Path(root, cell["path"]).read_bytes()
+    raise ValueError("an empty cell")
+
+
+def _lengths(column: Any) -> Ints:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    encoded = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    return np.asarray(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
+
+
+def _shards(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """Files of each split, train first; incomplete or ambiguous sets are errors."""
+    matches = {name: match for name in names if (match := SHARD.fullmatch(name.rsplit("/")[-1]))}
+    shards: dict[str, list[str]] = {"train": []}
+    for name, match in matches.items():
+        shards.setdefault(SPLITS[match[1]], []).append(name)
+    if not shards["train"]:
+        raise DataError(
+            f"{folder}: expected parquet files named train-*.parquet, got {', '.join(names[:3])}; rename them"
+        )
+    if len(folders := sorted({name.rpartition("/")[0] for name in matches})) > 1:
+        raise DataError(f"{folder}: several data sets in it: {', '.join(folders[:5])}; name the folder of one")
+    for split, part in shards.items():
+        totals = {int(matches[name][3]) for name in part if matches[name][3]}
+        if totals and totals != {len(part)}:
+            raise DataError(
+                f"{folder}: expected all {max(totals)} parquet files of {split}, got {len(part)}; "
+                "complete the download"
+            )
+    return shards
+
+
+def _schema(file: Path) -> Any:
+    import pyarrow as pa
+    from pyarrow.parquet import read_schema
+
+    try:
+        return read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: expected a parquet file, got {one_line(error)}; download it again") from error
+
+
+def _read(folder: Path, names: Sequence[str], column: str) -> Any:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    pieces = [ParquetFile(folder / name).read(columns=[column]).column(0) for name in names]
+    return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], type=pieces[0].type)
+
+
+def _columns(names: Sequence[str], features: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Names of the image and the label column: the usual ones, else the only one of that declared type."""
+    chosen = []
+    for usual, kind in ((IMAGE_COLUMNS, "Image"), (LABEL_COLUMNS, "ClassLabel")):
+        declared = [name for name in names if features.get(name, {}).get("_type") == kind]
+        found = [name for name in usual if name in names] or (declared if len(declared) == 1 else [])
+        if not found:
+            raise DataError(
+                f"{where}: expected a column {' or '.join(map(repr, usual))}, "
+                f"got {', '.join(names) or 'no columns'}; rename the column"
+            )
+        chosen.append(found[0])
+    return chosen[0], chosen[1]
+
+
+def _check_image_type(kind: Any, column: str, file: Path) -> None:
+    import pyarrow as pa
+
+    bytes_type = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(bytes_type) or pa.types.is_large_binary(bytes_type)):
+        raise DataError(
+            f"{file}: expected encoded images (bytes, or a struct of bytes and path) in column {column!r}, "
+            f"got {kind}; convert the column"
+        )
+
+
+def _known(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Label columns without those of secret labels, all -1 as in ImageNet's test split: of no use here."""
+    import pyarrow.compute as pc
+
+    secret = {split for split, column in columns.items() if pc.unique(column).to_pylist() == [-1]}
+    return {split: column for split, column in columns.items() if split not in secret}
+
+
+def _labels(
+    columns: Mapping[str, Any], declared: Sequence[str] | None, where: str
+) -> tuple[tuple[str, ...], Ints, dict[str, Ints]]:
+    """Classes, labels [n] of all splits and the positions of each, from one Arrow column per split."""
+    values: dict[str, np.ndarray[Any, Any]] = {}
+    for split, column in columns.items():
+        if column.null_count:
+            raise DataError(f"{where}: expected a label for every image, got {column.null_count} empty in {split}")
+        values[split] = column.to_numpy()
+        if values[split].dtype.kind not in "iuOU":
+            raise DataError(f"{where}: expected labels as integers or strings, got {column.type}; convert the column")
+    together = np.concatenate(list(values.values()))
+    starts = np.cumsum([0, *(len(part) for part in values.values())])
+    parts = {split: np.arange(first, stop) for split, first, stop in zip(values, starts, starts[1:], strict=False)}
+    if declared is None:
+        names = np.unique(together)
+        _check_same_values(values, parts, where)
+        declared = [str(name) for name in names]
+    elif together.dtype.kind in "OU":
+        names = np.array(declared, dtype=object)
+    else:
+        names = np.arange(len(declared))
+    if len(unknown := np.setdiff1d(together, names)):
+        raise DataError(
+            f"{where}: expected labels from {names[0]} to {names[-1]} ({len(names)} classes), "
+            f"got {unknown[0]}; correct the labels or the class names"
+        )
+    number = {name: place for place, name in enumerate(names.tolist())}
+    labels = np.array([number[value] for value in together.tolist()], dtype=np.int64)
+    return tuple(declared), labels, parts
+
+
+def _check_same_values(values: Mapping[str, Any], parts: Mapping[str, Ints], where: str) -> None:
+    """Without declared names, a class is what occurs: then it must occur in every split."""
+    for split in parts:
+        if odd := sorted(set(values[split].tolist()) ^ set(values["train"].tolist())):
+            raise DataError(
+                f"{where}: expected the same classes in train and {split}, got {odd[0]!r} in one only; "
+                "give both the same classes"
+            )

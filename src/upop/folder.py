@@ -1,0 +1,142 @@
+"""The output folder of a run: claimed once, written atomically, and described by where its numbers come from.
+
+Knows files, not models or stages.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upop.errors import UpopError
+
+# What a run leaves; `config.toml` marks a folder as one.
+MARK = "config.toml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder `path`, written by the main process only."""
+
+    path: Path
+    main: bool = True
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raise UpopError where a run must not go: an older run (unless `overwrite`), foreign files, no permission."""
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not parent.is_dir():
+            raise UpopError(f"out {self.path}: expected a folder, but {parent} is a file; choose another name")
+        if not os.access(parent, os.W_OK):
+            raise UpopError(f"out {self.path}: cannot be written, no permission for {parent}; choose another folder")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / MARK).exists():
+            raise UpopError(f"out {self.path}: holds files that no run of upop wrote; choose a new or empty folder")
+        if not overwrite:
+            raise UpopError(f"out {self.path}: already holds a run; choose another folder, or say --overwrite")
+
+    def claim(self, config: str) -> None:
+        """Make the folder, empty of any older run, and save the resolved configuration."""
+        if self.main:
+            with disk_errors(self.path):
+                if (self.path / MARK).exists():
+                    shutil.rmtree(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.write_text(MARK, config)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        if self.main:
+            with disk_errors(self.path / name):
+                temporary = self.path / f".{name}.partial"
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(self.path / name)
+
+    def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Write a sub-folder whole or not at all; `fill` gets the folder to fill."""
+        if self.main:
+            with disk_errors(self.path / name):
+                temporary = self.path / f".{name}.partial"
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                fill(temporary)
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                temporary.rename(self.path / name)
+
+    def add_line(self, name: str, values: dict[str, Any]) -> None:
+        """Append a JSON line."""
+        if self.main:
+            with disk_errors(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def remove(self, name: str) -> None:
+        if self.main:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Everything that upop logs meanwhile also goes to the file `log`."""
+        if not self.main:
+            yield
+            return
+        handler = logging.FileHandler(self.path / "log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("upop")
+        before = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+            handler.close()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Full and read-only disks as one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise UpopError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another out"
+        ) from error
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Command, versions and hardware behind a result."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("upop", "torch", "transformers", "accelerate", "numpy")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "hardware": {
+            "device": gpu or _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": platform.system(),
+        },
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,498 @@
+"""One configuration -> dense, search, slim, retrain, evaluate -> a folder with the model and a Result.
+
+Ties the pieces together. Must not print: whoever watches does so through an Observer.
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from upop import plots
+from upop.analysis import Analysis, analyze
+from upop.config import PruneConfig
+from upop.data import Augment, Batches, ImageData, Split, load_data
+from upop.errors import UpopError
+from upop.families import find_structures
+from upop.folder import RunFolder, provenance
+from upop.models import LoadedModel, fit_head_, load_model, save_image_processor
+from upop.pretrained import save_pretrained
+from upop.profiling import compare_latency, count_macs, count_params
+from upop.search import Search, Target
+from upop.slim import slim
+from upop.train import FitOptions, Hook, NoHook, Progress, Score, evaluate, fit
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+LATENCY_BATCHES = (1, 64)
+METRICS_EVERY = 50  # optimizer steps
+Result = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Who watches a run: the command line, a notebook, nobody."""
+
+    def stage(self, name: str, about: str) -> None:
+        """A stage begins."""
+
+    def progress(self, progress: Progress) -> None:
+        """An optimizer step is done."""
+
+    def epoch(self, number: int, accuracy: float) -> None:
+        """An epoch is done; accuracy in [0, 1] on the validation split."""
+
+
+class Nobody:
+    """Watches nothing."""
+
+    def stage(self, name: str, about: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def epoch(self, number: int, accuracy: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before any training.
+
+    Attributes:
+        config: resolved.
+        params_after: parameters left at the target.
+        macs_before, macs_after: multiply-accumulates per image; after: if all layers shrank alike, which the search
+            decides otherwise.
+        steps: optimizer steps per stage.
+    """
+
+    config: PruneConfig
+    loaded: LoadedModel
+    data: ImageData
+    analysis: Analysis
+    target: Target
+    params_after: int
+    macs_before: int
+    macs_after: int
+    steps: Mapping[str, int]
+
+
+def make_plan(config: PruneConfig) -> Plan:
+    """Load model and data and check that the run can be done, without training or writing anything.
+
+    Raises UpopError for whatever stands in the way.
+    """
+    device = device_type(config.device)
+    target = Target.parse(config.target)
+    loaded = load_model(config.model, seed=config.seed)
+    analysis = analyze(loaded.model)
+    budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
+    data = read_data(config, loaded.image_size)
+    replace = config.has("dense") or not loaded.trained
+    fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
+    # Once more, with the head that the data needs.
+    analysis = analyze(loaded.model)
+    budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
+    config = config.resolve(trained=loaded.trained, device_type=device)
+    per_epoch = max(1, len(data.train) // config.batch_size)
+    epochs = {
+        "dense": config.epochs_dense or 0,
+        "search": config.epochs_search,
+        "retrain": config.epochs_retrain,
+    }
+    return Plan(
+        config=config,
+        loaded=loaded,
+        data=data,
+        analysis=analysis,
+        target=target,
+        params_after=analysis.params - math.ceil(budget),
+        macs_before=count_macs(loaded.model),
+        macs_after=count_macs(slim(loaded.model, _uniform_keep(analysis, budget / analysis.prunable))),
+        steps={stage: n * per_epoch for stage, n in epochs.items() if config.has(stage)},
+    )
+
+
+def read_data(config: PruneConfig, image_size: int) -> ImageData:
+    """The data of a run. The split is the same for every seed: seeds vary training, not what it is judged on."""
+    held_out = config.validation
+    return load_data(
+        config.data,
+        validation=int(held_out) if held_out is not None and held_out >= 1 else held_out,
+        seed=0,
+        skip_bad=config.skip_bad,
+        image_size=image_size,
+        subset=config.subset,
+    )
+
+
+def device_type(wanted: str) -> str:
+    """`cpu` or `cuda` for `auto`, `cpu` or `cuda`; raises UpopError for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UpopError("device: expected a CUDA GPU for device = cuda, found none; use device = cpu or auto")
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def _uniform_keep(analysis: Analysis, ratio: float) -> dict[str, Tensor]:
+    return {s.name: torch.arange(s.units) < max(s.floor, round(s.units * (1 - ratio))) for s in analysis.structures}
+
+
+def make_accelerator(config: PruneConfig) -> Accelerator:
+    """Accelerate for a resolved configuration. Raises UpopError for an unknown tracker."""
+    # Accelerate keeps its settings per process; a second run may want others.
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            cpu=config.device == "cpu",
+            log_with=config.tracker,
+            project_dir=config.out,
+        )
+    except (ValueError, ImportError) as error:
+        raise UpopError(f"tracker {config.tracker!r}: cannot be used ({error}); install it or leave it out") from error
+
+
+def make_batches(
+    split: Split,
+    config: PruneConfig,
+    loaded: LoadedModel,
+    accelerator: Accelerator,
+    *,
+    classes: int,
+    augment: Augment | None = None,
+) -> Batches:
+    """Batches of `split` as the model wants its images, shared out over the processes; augmented for training."""
+    return Batches(
+        split,
+        batch_size=config.batch_size,
+        size=loaded.image_size,
+        mean=loaded.mean,
+        std=loaded.std,
+        device=accelerator.device,
+        train=augment is not None,
+        augment=augment,
+        num_classes=classes,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=config.workers,
+    )
+
+
+def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | None = None) -> Result:
+    """Do the whole run and leave everything in `config.out`; returns what result.json holds.
+
+    Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
+    off: the weights of the last good epoch are then in `<out>/last-good`.
+    """
+    RunFolder(Path(config.out)).check(overwrite=overwrite)
+    plan = make_plan(config)
+    accelerator = make_accelerator(plan.config)
+    folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
+    folder.claim(plan.config.to_toml())
+    accelerator.wait_for_everyone()
+    run = _Run(plan, folder, accelerator, observer or Nobody())
+    with folder.log_file():
+        log.info("%s on %s, %s: steps %s", config.model, config.data, config.target, dict(plan.steps))
+        if config.tracker:
+            accelerator.init_trackers("upop", config=plan.config.model_dump())
+        result = run.all()
+        for name, draw in (("widths.png", plots.widths), ("stages.png", plots.stages)):
+            if folder.main:
+                draw(result, folder.path / name)
+        # Last: a folder with a result is a run that is complete.
+        folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
+        folder.remove("last-good")
+        accelerator.end_training()
+        log.info("done in %.0f s", result["seconds"]["all"])
+    return result
+
+
+class _SearchHook:
+    """The search as the training loop sees it."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def penalty(self) -> Tensor:
+        return self._search.penalty()
+
+    def step(self) -> None:
+        self._search.step()
+
+    def metrics(self) -> Mapping[str, float]:
+        return {"ratio": self._search.ratio}
+
+
+@dataclass
+class _Run:
+    """The stages of one run, in order, over what they share."""
+
+    plan: Plan
+    folder: RunFolder
+    accelerator: Accelerator
+    observer: Observer
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def all(self) -> Result:
+        began = time.monotonic()
+        models = self.train()
+        final = list(models.values())[-1]
+        self.save(final, "model")
+        result = self.measure(models, final)
+        self.seconds["all"] = time.monotonic() - began
+        return result | {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
+
+    def train(self) -> dict[str, nn.Module]:
+        """Run the configured stages; the models as they are after each, on the device."""
+        c, plan = self.plan.config, self.plan
+        model = plan.loaded.model.to(self.accelerator.device)
+        set_attention(model, c.attention)
+        if c.has("dense"):
+            about = "fine-tune the dense model" if plan.loaded.trained else "train the dense model from scratch"
+            self.fit("dense", about, model, epochs=c.epochs_dense, lr=c.lr)
+            self.save(model, "dense")
+        models = {"dense": model}
+        if c.has("search"):
+            models["dense"] = copy.deepcopy(model)
+            models["search"], models["slim"] = self.search(model, teacher=models["dense"])
+            self.save(models["slim"], "slim")
+        if c.has("retrain"):
+            models["retrain"] = copy.deepcopy(list(models.values())[-1])
+            about = f"retrain the slimmed model, {count_params(models['retrain']):,} parameters"
+            self.fit(
+                "retrain",
+                about,
+                models["retrain"],
+                epochs=c.epochs_retrain,
+                lr=c.lr_retrain,
+                teacher=models["dense"],
+            )
+        return models
+
+    def search(self, model: nn.Module, *, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """Search on `model`; returns it with its masks still on, and its slimmed twin."""
+        c = self.plan.config
+        search = Search(
+            model,
+            target=self.plan.target,
+            steps=self.plan.steps["search"],
+            schedule=c.schedule,
+            interval=c.interval,
+            gradient_order=c.gradient_order,
+            sparsity={"attn": c.sparsity_attn, "mlp": c.sparsity_mlp},
+        )
+        about = f"search what can go, {c.target}"
+        hook = _SearchHook(search)
+        self.fit("search", about, model, epochs=c.epochs_search, lr=c.lr_search, hook=hook, teacher=teacher)
+        assert search.done, "a search must take all its steps"
+        return model, search.slim()
+
+    def fit(
+        self,
+        stage: str,
+        about: str,
+        model: nn.Module,
+        *,
+        epochs: int | None,
+        lr: float | None,
+        hook: Hook | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        """Train one stage, with its metrics, progress and last good weights."""
+        c = self.plan.config
+        assert epochs is not None, "the configuration is resolved"
+        assert lr is not None, "the configuration is resolved"
+        hook = hook or NoHook()
+        options = FitOptions(
+            epochs=epochs,
+            lr=lr,
+            optimizer=c.optimizer or "adamw",
+            weight_decay=c.weight_decay,
+            warmup=c.warmup,
+            decay="constant" if stage == "search" else "cosine",
+            label_smoothing=c.label_smoothing,
+            distill=c.distill if teacher is not None else 0.0,
+            temperature=c.temperature,
+            clip=c.clip,
+            accumulate=c.accumulate,
+            seed=c.seed,
+        )
+        self.observer.stage(stage, about)
+        log.info("%s: %s; %s", stage, about, options)
+        validation = self.batches(self.plan.data.validation)
+        last: list[Progress] = []
+
+        def report(progress: Progress) -> None:
+            last[:] = [progress]
+            self.observer.progress(progress)
+            if progress.step % METRICS_EVERY == 0:
+                self.metrics(stage, progress)
+
+        def epoch_end(number: int) -> None:
+            score = evaluate({stage: model}, validation, accelerator=self.accelerator, autocast=True)[stage]
+            self.metrics(stage, last[0], validation_accuracy=score.accuracy, validation_loss=score.loss)
+            self.observer.epoch(number, score.accuracy)
+            log.info("%s: epoch %d of %d, validation accuracy %.4f", stage, number, epochs, score.accuracy)
+            self.save(model, "last-good")
+
+        if c.compile:
+            model.compile()
+        with self.timed(stage):
+            train = self.batches(
+                self.plan.data.train, augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color)
+            )
+            fit(
+                model,
+                train,
+                options,
+                accelerator=self.accelerator,
+                hook=hook,
+                teacher=teacher if c.distill else None,
+                report=report,
+                epoch_end=epoch_end,
+            )
+
+    def metrics(self, stage: str, progress: Progress, **more: float) -> None:
+        """A line of metrics.jsonl and, where there is one, the tracker's."""
+        values = {
+            "loss": progress.loss,
+            "accuracy": progress.accuracy,
+            "lr": progress.lr,
+            "images_per_s": progress.images_per_s,
+            **progress.extra,
+            **more,
+        }
+        where = {"stage": stage, "epoch": progress.epoch, "step": progress.step}
+        self.folder.add_line("metrics.jsonl", where | {k: round(v, 6) for k, v in values.items()})
+        self.accelerator.log({f"{stage}/{k}": v for k, v in values.items()}, step=progress.step)
+
+    def measure(self, models: dict[str, nn.Module], final: nn.Module) -> Result:
+        """Everything that result.json says but the seconds. Reads the test split, once."""
+        plan, dense = self.plan, models["dense"]
+        self.observer.stage("evaluate", "all models on validation and test, in float32; latency")
+        with self.timed("evaluate"):
+            splits = {"validation": plan.data.validation}
+            if plan.data.test is not None:
+                splits["test"] = plan.data.test
+            scores = {n: evaluate(models, self.batches(s), accelerator=self.accelerator) for n, s in splits.items()}
+            gap = self.gap(models)
+        with self.timed("latency"):
+            latency = {
+                str(batch): compare_latency(
+                    {"before": dense, "after": final},
+                    batch=batch,
+                    image_size=plan.loaded.image_size,
+                    device=self.accelerator.device,
+                )
+                for batch in LATENCY_BATCHES
+            }
+        accuracy = {stage: {split: found[stage].accuracy for split, found in scores.items()} for stage in models}
+        return {
+            "schema": SCHEMA,
+            "status": "complete",
+            "warnings": _warnings(accuracy, len(plan.data.classes)),
+            **provenance(self.accelerator.device),
+            "config": plan.config.model_dump(),
+            "data": _data_facts(plan.data),
+            "accuracy": accuracy,
+            "loss": {stage: {split: found[stage].loss for split, found in scores.items()} for stage in models},
+            "gap": gap,
+            "params": {"before": count_params(dense), "after": count_params(final)},
+            "macs": {"before": count_macs(dense), "after": count_macs(final)},
+            "latency": {batch: {k: asdict(v) for k, v in found.items()} for batch, found in latency.items()},
+            "widths": {"before": _widths(dense), "after": _widths(final)},
+        }
+
+    @torch.no_grad()
+    def gap(self, models: dict[str, nn.Module]) -> float | None:
+        """Largest difference between masked and slimmed logits over a batch of validation images."""
+        if "slim" not in models:
+            return None
+        images, _ = next(iter(self.batches(self.plan.data.validation)))
+        outputs: list[Any] = [models[name](pixel_values=images) for name in ("search", "slim")]
+        return float((outputs[0].logits - outputs[1].logits).abs().max())
+
+    def batches(self, split: Split, augment: Augment | None = None) -> Batches:
+        plan = self.plan
+        return make_batches(
+            split, plan.config, plan.loaded, self.accelerator, classes=len(plan.data.classes), augment=augment
+        )
+
+    def save(self, model: nn.Module, name: str) -> None:
+        """`model` with its image processor as a sub-folder that loads like any Hugging Face model."""
+
+        def fill(folder: Path) -> None:
+            save_pretrained(model, folder)
+            save_image_processor(folder, self.plan.loaded)
+
+        self.folder.write_folder(name, fill)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - began
+
+
+def set_attention(model: Any, kernel: str) -> None:
+    """Choose the attention kernel of a Hugging Face model; saved folders do not remember it."""
+    model.set_attn_implementation(kernel)
+
+
+def _widths(model: nn.Module) -> dict[str, list[int]]:
+    widths: dict[str, list[int]] = {}
+    for s in find_structures(model):
+        widths.setdefault(s.kind, []).append(s.units)
+    return widths
+
+
+def _data_facts(data: ImageData) -> dict[str, Any]:
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "images": {name: len(split) for name, split in splits.items() if split is not None},
+        "skipped": list(data.skipped),
+    }
+
+
+def _warnings(accuracy: Mapping[str, Mapping[str, float]], classes: int) -> list[str]:
+    """What a reader of the numbers must know first: models that do no better than guessing."""
+    chance = 1 / classes
+    return [
+        f"{stage}: validation accuracy {found['validation']:.3f} is at chance ({chance:.3f}); "
+        + ("the dense model was not trained" if stage == "dense" else "the model has collapsed: prune less or longer")
+        for stage, found in accuracy.items()
+        if found["validation"] < 1.5 * chance
+    ]
+
+
+def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int]:
+    """Score of `config.model` on a split of `config.data`, its parameters and its MACs per image.
+
+    Raises UpopError where the model's head does not fit the data, or the data has no such split.
+    """
+    loaded = load_model(config.model)
+    data = read_data(config, loaded.image_size)
+    fit_head_(loaded.model, data.classes, name=config.model, replace=False)
+    images = {"validation": data.validation, "test": data.test}[split]
+    if images is None:
+        raise UpopError(f"{config.data}: has no {split} split; use --split validation")
+    config = config.resolve(trained=True, device_type=device_type(config.device))
+    accelerator = make_accelerator(config)
+    model = loaded.model.to(accelerator.device)
+    set_attention(model, config.attention)
+    batches = make_batches(images, config, loaded, accelerator, classes=len(data.classes))
+    score = evaluate({"model": model}, batches, accelerator=accelerator)["model"]
+    return score, count_params(model), count_macs(model)

@@ -1,0 +1,327 @@
+"""Training and evaluation of any image classifier on Accelerate: one loop for every stage.
+
+What a stage adds to the loop comes in as a hook; the loop itself must not know of pruning, files or terminals.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from upop.data import Batches
+from upop.errors import TrainingError
+
+
+class Hook(Protocol):
+    """What a stage adds to the training loop."""
+
+    def penalty(self) -> Tensor | float:
+        """A term for the loss of every micro-batch."""
+
+    def step(self) -> None:
+        """Called once after every optimizer step, before gradients are cleared."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers of its own for the progress report."""
+
+
+class NoHook:
+    """Plain training."""
+
+    def penalty(self) -> float:
+        return 0.0
+
+    def step(self) -> None:
+        pass
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How one stage is trained.
+
+    Attributes:
+        epochs: passes over the training split.
+        lr: peak learning rate of AdamW, or of Muon's matrices (the rest then gets AdamW at `lr * 0.075`).
+        optimizer: `adamw`; or `muon` for the blocks' matrices, good for training from scratch.
+        weight_decay: decoupled; never on norms, biases, embeddings and tokens.
+        warmup: fraction of all steps over which the rate rises linearly.
+        decay: after that, `cosine` to 0 or `constant`.
+        label_smoothing: in [0, 1).
+        distill: weight in [0, 1] of the teacher's soft labels against the true ones.
+        temperature: softens teacher and student logits, > 0.
+        clip: largest gradient norm; 0 = off.
+        accumulate: micro-batches per optimizer step; the batch is split, so that steps and results keep their meaning.
+        seed: of dropout and the like.
+    """
+
+    epochs: int
+    lr: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    decay: Literal["cosine", "constant"] = "cosine"
+    label_smoothing: float = 0.1
+    distill: float = 0.0
+    temperature: float = 2.0
+    clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a training loop is. Numbers are running means over the epoch; reading them waits for the device."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    images_per_s: float
+    seconds_left: float
+    lr: float
+    extra: Mapping[str, float]
+    sums: Tensor  # [3]: loss * images, correct, images
+
+    @property
+    def loss(self) -> float:
+        return float(self.sums[0] / self.sums[2])
+
+    @property
+    def accuracy(self) -> float:
+        """In [0, 1], on the augmented training images."""
+        return float(self.sums[1] / self.sums[2])
+
+
+Report = Callable[[Progress], None]
+
+# A loss that is not finite is looked for every so many steps: each look waits for the device.
+CHECK_EVERY = 20
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    options: FitOptions,
+    *,
+    accelerator: Accelerator,
+    hook: Hook | None = None,
+    teacher: nn.Module | None = None,
+    report: Report = lambda progress: None,
+    epoch_end: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    """Train `model` in place and leave it in eval mode.
+
+    Raises TrainingError, naming the step, when the loss is no longer finite; the weights are then useless, and the
+    caller goes back to what it kept at the last `epoch_end(epochs done)`.
+    """
+    hook = hook or NoHook()
+    set_seed(options.seed + accelerator.process_index)
+    optimizers = make_optimizers(model, options)
+    prepared, *ready = accelerator.prepare(model, *optimizers)
+    steps = options.epochs * len(batches)
+    factor = rate_factor(steps, options)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in ready]
+    tally = _Tally(steps, options, accelerator.device)
+    prepared.train()
+    for epoch in range(options.epochs):
+        tally.start(epoch, teacher)
+        for images, labels in batches.epoch(epoch):
+            _set_rates(ready, peaks, factor(tally.step))
+            tally.add(_backward(prepared, images, labels, options, accelerator, hook, teacher))
+            if options.clip:
+                accelerator.clip_grad_norm_(model.parameters(), options.clip)
+            for optimizer in ready:
+                optimizer.step()
+            hook.step()
+            for optimizer in ready:
+                optimizer.zero_grad()
+            report(tally.progress(peaks[0][0] * factor(tally.step - 1), len(images) * accelerator.num_processes, hook))
+        tally.check()
+        epoch_end(epoch + 1)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    model.eval()
+
+
+def _backward(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    options: FitOptions,
+    accelerator: Accelerator,
+    hook: Hook,
+    teacher: nn.Module | None,
+) -> Tensor:
+    """Forward and backward of one batch in micro-batches; returns the sums [3] of Progress."""
+    sums = torch.zeros(3, device=images.device)
+    micro = max(1, math.ceil(len(images) / options.accumulate))
+    chunks = [(images[i : i + micro], labels[i : i + micro]) for i in range(0, len(images), micro)]
+    for index, (x, y) in enumerate(chunks):
+        share = len(x) / len(images)
+        with accelerator.no_sync(model) if index < len(chunks) - 1 else nullcontext():
+            logits = model(pixel_values=x).logits.float()
+            with torch.no_grad(), accelerator.autocast():
+                soft = None if teacher is None else teacher(pixel_values=x).logits.float()
+            loss = classification_loss(logits, y, soft, options)
+            accelerator.backward((loss + hook.penalty()) * share)
+        hard = y if y.ndim == 1 else y.argmax(-1)
+        correct = (logits.detach().argmax(-1) == hard).sum()
+        sums += torch.stack([loss.detach() * len(x), correct, torch.tensor(len(x), device=x.device)])
+    return sums
+
+
+def classification_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, options: FitOptions) -> Tensor:
+    """Cross-entropy with label smoothing, mixed with distillation from teacher logits (Hinton et al., 2015).
+
+    logits, teacher [B, C]; labels int64 [B] or probabilities [B, C].
+    """
+    loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
+    if teacher is None or options.distill == 0:
+        return loss
+    t = options.temperature
+    soft = F.kl_div(
+        F.log_softmax(logits / t, -1), F.log_softmax(teacher / t, -1), log_target=True, reduction="batchmean"
+    )
+    return (1 - options.distill) * loss + options.distill * t * t * soft
+
+
+def make_optimizers(model: nn.Module, options: FitOptions) -> list[torch.optim.Optimizer]:
+    """AdamW with no decay on norms, biases, embeddings and tokens; with `muon`, Muon on the blocks' matrices first."""
+    matrices: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    linears = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        name = linears.get(id(parameter))
+        if name is None:
+            # Convolutional patch embeddings decay too; tokens, positions, norms and biases do not.
+            (decayed if parameter.ndim == 4 else plain).append(parameter)
+        elif options.optimizer == "muon" and "classifier" not in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    lr = options.lr * (0.075 if matrices else 1.0)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=lr, fused=True)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr=options.lr, weight_decay=options.weight_decay)
+    return [muon, adamw]
+
+
+def rate_factor(steps: int, options: FitOptions) -> Callable[[int], float]:
+    """Fraction of the peak learning rate at a step in [0, steps)."""
+    warm = options.warmup * steps
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if options.decay == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+
+    return factor
+
+
+def _set_rates(optimizers: Sequence[Any], peaks: Sequence[Sequence[float]], factor: float) -> None:
+    for optimizer, rates in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+
+
+class _Tally:
+    """Counts steps, sums and time for the progress report."""
+
+    def __init__(self, steps: int, options: FitOptions, device: torch.device) -> None:
+        self.step, self.steps, self.epoch, self.epochs = 0, steps, 0, options.epochs
+        self._sums = torch.zeros(3, device=device)
+        self._began = time.monotonic()
+
+    def start(self, epoch: int, teacher: nn.Module | None) -> None:
+        self.epoch = epoch
+        self._sums = torch.zeros_like(self._sums)
+        if teacher is not None:
+            teacher.eval()
+
+    def add(self, sums: Tensor) -> None:
+        self._sums = self._sums + sums
+        self.step += 1
+        if self.step % CHECK_EVERY == 0:
+            self.check()
+
+    def check(self) -> None:
+        # Sums of an epoch stay NaN once a loss was: nothing is missed between two looks.
+        if self.step and not bool(self._sums[0].isfinite()):
+            raise TrainingError(
+                f"the loss is no longer finite at step {self.step} of {self.steps} (epoch {self.epoch + 1}); "
+                "lower the learning rate or train in float32"
+            )
+
+    def progress(self, lr: float, images: int, hook: Hook) -> Progress:
+        seconds = (time.monotonic() - self._began) / self.step
+        return Progress(
+            step=self.step,
+            steps=self.steps,
+            epoch=self.epoch,
+            epochs=self.epochs,
+            images_per_s=images / seconds,
+            seconds_left=seconds * (self.steps - self.step),
+            lr=lr,
+            extra=hook.metrics(),
+            sums=self._sums,
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in [0, 1] and mean cross-entropy over `images` images."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(
+    models: Mapping[str, nn.Module], batches: Batches, *, accelerator: Accelerator, autocast: bool = False
+) -> dict[str, Score]:
+    """Score of each model in one pass over the split.
+
+    Without `autocast` in the models' own precision, for results: a masked model and its slimmed twin must not differ
+    by rounding. With it as in training, for a quick look.
+    """
+    sums = {name: torch.zeros(3, device=accelerator.device, dtype=torch.float64) for name in models}
+    training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    for images, labels in batches:
+        for name, model in models.items():
+            with accelerator.autocast() if autocast else nullcontext():
+                logits = model(pixel_values=images).logits.float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(-1) == labels).sum()
+            sums[name] += torch.stack([correct, loss, torch.tensor(len(labels), device=loss.device)])
+    for name, model in models.items():
+        model.train(training[name])
+    result = {}
+    for name, values in sums.items():
+        correct, loss, images = (float(v) for v in accelerator.reduce(values.float().double(), reduction="sum"))
+        result[name] = Score(correct / images, loss / images, int(images))
+    return result

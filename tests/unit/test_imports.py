@@ -1,0 +1,95 @@
+"""Promises about the whole package: who may import whom, who prints, and the public names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import upop
+
+ROOT = Path(upop.__file__).parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path != ROOT / "__init__.py"
+}
+# Module -> what of the package it may import at the top of the file.
+ALLOWED = {
+    "errors": set(),
+    "structures": {"errors"},
+    "ranking": {"structures", "errors"},
+    "schedules": {"structures", "errors"},
+    "masks": {"structures", "errors"},
+    "families": {"structures", "errors", "families"},
+    "slim": {"structures", "errors", "families"},
+    "search": {"structures", "errors", "families", "masks", "ranking", "schedules", "slim"},
+}
+# Module -> what it must not import anywhere, not even inside a function.
+FORBIDDEN = {
+    "search": {"data", "train", "run", "cli", "config", "pretrained", "modeling"},
+    "train": {"search", "slim", "masks", "ranking", "run", "cli"},
+    "families": {"search", "slim", "masks", "ranking", "train", "data", "run", "cli"},
+}
+
+
+def tree(module):
+    return ast.parse(FILES[module].read_text())
+
+
+def imported(nodes):
+    """Dotted names that the import statements among `nodes` may load."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "upop")
+
+
+def of_package(names):
+    return {name.split(".")[1] for name in names if name.startswith("upop.")}
+
+
+def matching(table):
+    return [pytest.param(m, table[m.split(".")[0]], id=m) for m in FILES if m.split(".")[0] in table]
+
+
+@pytest.mark.parametrize(("module", "allowed"), matching(ALLOWED))
+def test_the_library_imports_downwards_only(module, allowed):
+    assert of_package(imported(tree(module).body)) <= allowed
+
+
+@pytest.mark.parametrize(("module", "forbidden"), matching(FORBIDDEN))
+def test_search_training_and_families_do_not_know_each_other(module, forbidden):
+    assert not of_package(imported(ast.walk(tree(module)))) & forbidden
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if m != "cli"])
+def test_only_the_command_line_prints_exits_or_knows_a_terminal(module):
+    names = {name.split(".")[0] for name in imported(ast.walk(tree(module)))}
+    assert not names & {"typer", "rich", "click", "argparse"}
+    assert "upop.cli" not in set(imported(ast.walk(tree(module))))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call)}
+    assert not calls & {"print", "input", "exit", "quit", "sys.exit", "sys.stdout.write", "sys.stderr.write"}
+
+
+def test_no_model_library_is_imported_to_describe_a_family():
+    for module in FILES:
+        if module.startswith("families"):
+            names = {name.split(".")[0] for name in imported(tree(module).body)}
+            assert not names & {"transformers", "timm"}
+
+
+def test_the_public_names_are_these():
+    assert sorted(upop.__all__) == [
+        "Analysis",
+        "Search",
+        "Target",
+        "UpopError",
+        "analyze",
+        "from_pretrained",
+        "save_pretrained",
+        "slim",
+    ]
+    assert all(hasattr(upop, name) for name in upop.__all__)

@@ -1,0 +1,537 @@
+"""Promises of upop.search: Algorithm 1, exact at the end, resumable, independent of how the loop is written."""
+
+import copy
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import upop
+from upop import Search, Target
+from upop.errors import ModelError, TargetError, TrainingError, UpopError
+from upop.families import find_structures
+from upop.ranking import select
+from upop.structures import prunable_cost, removed_cost
+
+HALF = Target(prunable=0.5)
+NO_PENALTY = {"attn": 0.0, "mlp": 0.0}
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def values(search):
+    """Mask values now, copied."""
+    return {name: v.detach().clone() for name, v in search.masks.values.items()}
+
+
+def feed(search, gradients):
+    """One search step with exactly these mask gradients, from a loss that is linear in the masks."""
+    sum((search.masks.values[name] * g).sum() for name, g in gradients.items()).backward()
+    search.step()
+
+
+def random_gradients(structures, steps, seed=0):
+    """Per step and structure [U]; each step on another scale, so that the gradient orders disagree."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{s.name: 10.0**t * torch.randn(s.units, generator=generator) for s in structures} for t in range(steps)]
+
+
+class Loop:
+    """A user's training loop on a tiny model; the flags are the ways in which users differ."""
+
+    def __init__(self, model, images, *, steps=6, target=HALF, halves=False, search_first=False, **options):
+        self.model, self.halves, self.search_first = model, halves, search_first
+        self.images = [images(8, seed=t, dtype=next(model.parameters()).dtype) for t in range(steps)]
+        self.labels = torch.arange(8)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self.search = Search(model, target=target, steps=steps, **options)
+
+    def run(self, start=0, stop=None):
+        for x in self.images[start:stop]:
+            parts = [slice(0, 4), slice(4, 8)] if self.halves else [slice(0, 8)]
+            for part in parts:
+                loss = torch.nn.functional.cross_entropy(self.model(x[part]).logits, self.labels[part])
+                ((loss + self.search.penalty()) / len(parts)).backward()
+            for step in (self.search.step, self.optimizer.step)[:: 1 if self.search_first else -1]:
+                step()
+            self.optimizer.zero_grad()
+        return self.search
+
+
+# ---------------------------------------------------------------- targets
+
+
+@pytest.fixture(scope="module")
+def deit_small(make_model):
+    with torch.device("meta"):
+        return make_model("vit", width=384, heads=6, layers=12, image=224, patch=16, labels=1000)
+
+
+@pytest.mark.parametrize(("ratio", "millions"), [(0.1, 19.92), (0.2, 17.80), (0.3, 15.67), (0.4, 13.54), (0.5, 11.42)])
+def test_deit_small_gets_the_papers_number_of_parameters(deit_small, ratio, millions):
+    structures = find_structures(deit_small)
+    generator = torch.Generator().manual_seed(0)
+    scores = {s.name: torch.randn(s.units, generator=generator) for s in structures}
+    budget = Target(prunable=ratio).budget(structures, parameters(deit_small))
+    small = upop.slim(deit_small, select(structures, scores, budget))
+    assert parameters(small) == pytest.approx(millions * 1e6, rel=2e-3)
+
+
+@pytest.mark.parametrize("removed", [0.0, 0.1, 0.25, 0.5, 0.75, 0.85])
+def test_params_means_that_fraction_of_all_parameters_within_one_percent(make_model, removed):
+    model = make_model()
+    search = Search(model, target=Target(params=removed), steps=1)
+    feed(search, random_gradients(search.structures, 1)[0])
+    assert 1 - parameters(search.slim()) / parameters(model) == pytest.approx(removed, abs=0.01)
+
+
+@pytest.mark.parametrize("unit", ["params", "prunable"])
+def test_an_unreachable_target_is_refused_with_the_range_and_leaves_the_model_alone(make_model, unit):
+    model = make_model()
+    with pytest.raises(TargetError, match=rf"target {unit}=0\.99: cannot be met; reachable here is {unit}=0 to"):
+        Search(model, target=Target(**{unit: 0.99}), steps=3)
+    Search(model, target=HALF, steps=3)
+
+
+@pytest.mark.parametrize("unit", ["params", "prunable"])
+@pytest.mark.parametrize("layers", [2, 3, 4, 6])
+def test_the_range_in_the_message_is_reachable(make_model, unit, layers):
+    with torch.device("meta"):
+        model = make_model(width=96, heads=3, layers=layers)
+    structures = find_structures(model)
+    with pytest.raises(TargetError) as refused:
+        Target(**{unit: 0.9999}).budget(structures, parameters(model))
+    most = float(re.search(rf"to {unit}=([0-9.]+) ", str(refused.value))[1])
+    assert Target(**{unit: most}).budget(structures, parameters(model)) > 0
+
+
+@pytest.mark.parametrize("unit", ["params", "prunable"])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6, 7])
+def test_the_largest_ratio_that_analyze_states_is_reachable(make_model, unit, layers):
+    with torch.device("meta"):
+        model = make_model(width=96, heads=3, layers=layers)
+    analysis = upop.analyze(model)
+    largest = {"params": analysis.max_params_ratio, "prunable": analysis.max_prunable_ratio}[unit]
+    budget = Target(**{unit: largest}).budget(analysis.structures, analysis.params)
+    assert budget == pytest.approx(analysis.removable)
+
+
+@pytest.mark.parametrize("unit", ["params", "prunable"])
+@pytest.mark.parametrize("layers", [2, 3, 4, 6])
+def test_the_range_that_analyze_shows_is_reachable(make_model, unit, layers):
+    with torch.device("meta"):
+        analysis = upop.analyze(make_model(width=96, heads=3, layers=layers))
+    most = float(re.search(rf"to {unit}=([0-9.]+)", str(analysis))[1])
+    assert Target(**{unit: most}).budget(analysis.structures, analysis.params) > 0
+
+
+def test_a_model_whose_units_are_too_large_for_one_percent_is_refused_by_name(make_model):
+    with pytest.raises(TargetError, match=r"cannot be met within 1 %: one unit of attn\.0 alone holds 2,\d+ of"):
+        Search(make_model(layers=1, heads=8), target=HALF, steps=3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"params": 0.5, "prunable": 0.5}, {"params": 1.0}, {"params": -0.1}, {"params": 50}, {"params": math.nan}],
+)
+def test_a_target_is_one_fraction_below_one(arguments):
+    with pytest.raises(TargetError, match=r"^target"):
+        Target(**arguments)
+
+
+def test_targets_are_read_as_typed_and_written_back():
+    assert Target.parse("params=0.5") == Target(params=0.5)
+    assert Target.parse(" prunable = .25") == Target(prunable=0.25)
+    assert str(Target.parse("prunable=0.25")) == "prunable=0.25"
+    assert Target.parse(str(Target(params=1 / 3))) == Target(params=1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("parms=0.5", r"got unit 'parms'; did you mean 'params'\?"),
+        ("0.5", r"expected params=FRACTION or prunable=FRACTION"),
+        ("params=half", r"expected a number after '=', got 'half'"),
+        ("params=", r"expected a number after '='"),
+        ("params=5", r"0 <= x < 1, got 5"),
+    ],
+)
+def test_a_mistyped_target_is_refused_and_explained(text, message):
+    with pytest.raises(TargetError, match=message):
+        Target.parse(text)
+
+
+# ---------------------------------------------------------------- the algorithm
+
+
+def zscored(structures, scores):
+    result = {}
+    for kind in ("attn", "mlp"):
+        names = [s.name for s in structures if s.kind == kind]
+        pooled = np.concatenate([scores[name] for name in names])
+        result |= {name: (scores[name] - pooled.mean()) / pooled.std() for name in names}
+    return result
+
+
+def reference(structures, gradients, slow_select, *, order, schedule, budget):
+    """Algorithm 1, slowly, in float64: yields (keep, mask values) after each step."""
+    steps = len(gradients)
+    total = {s.name: np.zeros(s.units) for s in structures}
+    for t, now in enumerate(gradients):
+        now = {name: g.double().numpy() for name, g in now.items()}
+        now = zscored(structures, now) if order == "paper" else now
+        total = {name: total[name] + now[name] for name in total}
+        fraction = schedule(t / (steps - 1))
+        ranked = zscored(structures, total) if order == "authors" else total
+        keep = slow_select(structures, ranked, fraction * budget)
+        yield keep, {name: [1.0 if stays else 1 - fraction for stays in k] for name, k in keep.items()}
+
+
+SLOW_SCHEDULES = {"sine": lambda u: math.sqrt((1 - math.cos(math.pi * u)) / 2), "linear": lambda u: u}
+
+
+@pytest.mark.parametrize("order", ["paper", "authors"])
+@pytest.mark.parametrize("schedule", SLOW_SCHEDULES)
+def test_keeps_and_masks_are_those_of_algorithm_1(make_model, slow_select, order, schedule):
+    search = Search(make_model(), target=HALF, steps=6, gradient_order=order, schedule=schedule)
+    gradients = random_gradients(search.structures, 6)
+    expected = reference(
+        search.structures,
+        gradients,
+        slow_select,
+        order=order,
+        schedule=SLOW_SCHEDULES[schedule],
+        budget=0.5 * prunable_cost(search.structures),
+    )
+    for now, (keep, masks) in zip(gradients, expected, strict=True):
+        feed(search, now)
+        assert {name: k.tolist() for name, k in search.keep().items()} == keep
+        for name, value in values(search).items():
+            np.testing.assert_allclose(value.numpy(), masks[name], atol=1e-6)
+
+
+def test_the_two_gradient_orders_decide_differently(make_model):
+    keeps = []
+    for order in ("paper", "authors"):
+        search = Search(make_model(), target=HALF, steps=6, gradient_order=order)
+        for now in random_gradients(search.structures, 6):
+            feed(search, now)
+        keeps.append(search.keep())
+    assert not equal(*keeps)
+
+
+def test_units_with_a_large_positive_gradient_go(make_model):
+    search = Search(make_model(), target=Target(prunable=0.3), steps=1)
+    sign = {s.name: torch.where(torch.arange(s.units) % 3 == 0, 1.0, -1.0) for s in search.structures}
+    feed(search, sign)
+    assert all(bool((sign[name][~k] > 0).all()) for name, k in search.keep().items())
+
+
+@pytest.mark.parametrize("high", ["attn.0", "attn.1", "mlp.0", "mlp.1"])
+def test_one_ranking_compares_all_layers_and_kinds(make_model, high):
+    search = Search(make_model(), target=Target(prunable=0.1), steps=1)
+    feed(search, {s.name: torch.full((s.units,), float(s.name == high)) for s in search.structures})
+    touched = [name for name, k in search.keep().items() if not k.all()]
+    assert touched == [high], "all that goes must come from the layer that scores high"
+
+
+def test_every_structure_keeps_a_unit_at_the_largest_target(make_model):
+    model = make_model()
+    search = Search(model, target=Target(prunable=0.98), steps=3)
+    for now in random_gradients(search.structures, 3):
+        feed(search, now)
+    assert min(int(k.sum()) for k in search.keep().values()) == 1
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_at_the_end_masks_are_exactly_0_or_1_and_equal_the_keeps(make_model, images, steps, interval):
+    search = Loop(make_model(), images, steps=steps, interval=interval).run()
+    assert search.done
+    assert equal(values(search), {name: k.float() for name, k in search.keep().items()})
+    assert removed_cost(search.structures, search.keep()) >= 0.5 * prunable_cost(search.structures)
+    assert search.ratio == search.target_ratio == 0.5
+
+
+def test_masks_are_decided_every_interval_and_at_the_last_step(make_model):
+    search = Search(make_model(), target=HALF, steps=9, interval=3)
+    decided = []
+    for t, now in enumerate(random_gradients(search.structures, 9)):
+        before = values(search)
+        feed(search, now)
+        decided += [] if equal(before, values(search)) else [t]
+    # Step 0 decides to prune nothing yet: s(0) = 0.
+    assert decided == [3, 6, 8]
+
+
+def test_scores_are_gathered_between_decisions(make_model):
+    every, rarely = (Search(make_model(), target=HALF, steps=9, interval=interval) for interval in (1, 4))
+    for now in random_gradients(every.structures, 9):
+        feed(every, now)
+        feed(rarely, now)
+    assert equal(every.keep(), rarely.keep())
+
+
+def test_pruned_units_may_come_back(make_model):
+    search = Search(make_model(), target=HALF, steps=5, schedule="linear")
+    first = random_gradients(search.structures, 1)[0]
+    feed(search, first)
+    feed(search, first)
+    gone = {name: ~k for name, k in search.keep().items()}
+    assert any(bool(g.any()) for g in gone.values())
+    for _ in range(3):
+        feed(search, {name: -10 * g for name, g in first.items()})
+    back = sum(int((gone[name] & k).sum()) for name, k in search.keep().items())
+    assert back > 0.9 * sum(int(g.sum()) for g in gone.values())
+    assert all(bool((v[gone[name] & search.keep()[name]] == 1).all()) for name, v in values(search).items())
+
+
+def test_steps_after_the_last_change_nothing(make_model, images):
+    loop = Loop(make_model(), images, steps=3)
+    search = loop.run()
+    before = search.state_dict()
+    loop.run()
+    after = search.state_dict()
+    assert all(equal(before[key], after[key]) for key in ("keep", "scores", "masks"))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_order": "authors"}, {"interval": 2}])
+def test_sparsity_weights_change_no_keep(make_model, images, options):
+    # While a mask is above 0 its L1 gradient is one constant per kind, which the z-score subtracts.
+    keeps = [
+        Loop(make_model(), images, steps=8, sparsity={"attn": a, "mlp": m}, **options).run().keep()
+        for a, m in [(0, 0), (4.8e-3, 2e-4), (5, 3)]
+    ]
+    assert equal(keeps[0], keeps[1])
+    assert equal(keeps[0], keeps[2])
+
+
+def test_the_penalty_is_the_weighted_sum_of_mask_values(make_model):
+    search = Search(make_model(), target=HALF, steps=2, sparsity={"attn": 2.0, "mlp": 3.0})
+    assert search.penalty().item() == 2 * 2 * 32 + 3 * 2 * 256
+    search.penalty().backward()
+    assert set(search.masks.values["attn.0"].grad.tolist()) == {2.0}
+    assert set(search.masks.values["mlp.1"].grad.tolist()) == {3.0}
+
+
+# ---------------------------------------------------------------- the user's loop
+
+
+@pytest.mark.parametrize("order", ["paper", "authors"])
+def test_step_may_stand_on_either_side_of_the_optimizers(make_model, images, order):
+    before, after = (
+        Loop(make_model(), images, search_first=first, gradient_order=order).run() for first in (True, False)
+    )
+    assert equal(before.keep(), after.keep())
+    assert equal(before.state_dict()["scores"], after.state_dict()["scores"])
+
+
+@pytest.mark.parametrize("order", ["paper", "authors"])
+def test_accumulating_two_half_batches_gives_the_scores_of_one_batch(make_model, images, order):
+    whole, halves = (
+        Loop(make_model(dtype=torch.float64), images, halves=halves, gradient_order=order).run()
+        for halves in (False, True)
+    )
+    for name, score in whole.state_dict()["scores"].items():
+        torch.testing.assert_close(halves.state_dict()["scores"][name], score, rtol=1e-4, atol=1e-5)
+    assert equal(whole.keep(), halves.keep())
+
+
+@pytest.mark.parametrize("order", ["paper", "authors"])
+def test_scores_of_bfloat16_models_are_accumulated_in_float32(make_model, images, order):
+    steps = 40
+    loop = Loop(make_model(dtype=torch.bfloat16), images, steps=steps, gradient_order=order, sparsity=NO_PENALTY)
+    total = {s.name: np.zeros(s.units) for s in loop.search.structures}
+    for x in loop.images:
+        loop.model(x).logits.float().square().mean().backward()
+        now = {name: v.grad.double().numpy() for name, v in loop.search.masks.values.items()}
+        now = zscored(loop.search.structures, now) if order == "paper" else now
+        total = {name: total[name] + now[name] for name in total}
+        loop.search.step()
+    for name, score in loop.search.state_dict()["scores"].items():
+        assert score.dtype == torch.float32
+        np.testing.assert_allclose(score.numpy(), total[name], atol=1e-5 * np.abs(total[name]).max())
+
+
+def test_the_model_is_untouched_by_a_search_without_an_optimizer(make_model, images, logits_of):
+    model = make_model()
+    logits, state = logits_of(model, images()), copy.deepcopy(model.state_dict())
+    search = Search(model, target=HALF, steps=3)
+    assert torch.equal(logits_of(model, images()), logits), "after Search"
+    for now in random_gradients(search.structures, 3):
+        feed(search, now)
+    masked = logits_of(model, images())
+    small = search.slim()
+    assert torch.equal(logits_of(model, images()), masked), "after slim"
+    torch.testing.assert_close(logits_of(small, images()), masked, rtol=0, atol=1e-5)
+    search.detach()
+    assert torch.equal(logits_of(model, images()), logits), "after detach"
+    assert equal(model.state_dict(), state)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_slimming_after_detach_gives_the_same_model(make_model):
+    search = Search(make_model(), target=HALF, steps=1)
+    feed(search, random_gradients(search.structures, 1)[0])
+    attached = search.slim()
+    search.detach()
+    assert equal(attached.state_dict(), search.slim().state_dict())
+
+
+def test_finish_ends_the_search_at_the_full_target(make_model, images, logits_of):
+    loop = Loop(make_model(), images, steps=6)
+    search = loop.run(stop=3)
+    assert not search.done
+    search.finish()
+    assert search.done
+    assert equal(values(search), {name: k.float() for name, k in search.keep().items()})
+    assert removed_cost(search.structures, search.keep()) >= 0.5 * prunable_cost(search.structures)
+    x = images()
+    torch.testing.assert_close(logits_of(search.slim(), x), logits_of(loop.model, x), rtol=0, atol=1e-5)
+
+
+def test_what_keep_returns_is_the_callers_own(make_model):
+    search = Search(make_model(), target=HALF, steps=1)
+    feed(search, random_gradients(search.structures, 1)[0])
+    expected = search.keep()
+    for value in search.keep().values():
+        value.fill_(True)
+    assert equal(search.keep(), expected)
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 6])
+@pytest.mark.parametrize("order", ["paper", "authors"])
+def test_a_resumed_search_equals_an_uninterrupted_one(make_model, images, stop, order):
+    options = {"steps": 6, "interval": 2, "gradient_order": order}
+    uninterrupted = Loop(make_model(), images, **options).run().state_dict()
+
+    first = Loop(make_model(), images, **options)
+    saved = io.BytesIO()
+    torch.save([first.run(stop=stop).state_dict(), first.model.state_dict(), first.optimizer.state_dict()], saved)
+    saved.seek(0)
+    search_state, weights, optimizer_state = torch.load(saved, weights_only=True)
+
+    second = Loop(make_model(seed=1), images, **options)
+    second.model.load_state_dict(weights)
+    second.optimizer.load_state_dict(optimizer_state)
+    second.search.load_state_dict(search_state)
+    resumed = second.run(start=stop).state_dict()
+    assert all(equal(resumed[key], uninterrupted[key]) for key in ("keep", "scores", "masks"))
+    assert (resumed["steps_done"], resumed["ratio"]) == (6, 0.5)
+
+
+def test_a_saved_state_is_a_snapshot(make_model):
+    search = Search(make_model(), target=HALF, steps=4)
+    gradients = random_gradients(search.structures, 4)
+    for now in gradients[:2]:
+        feed(search, now)
+    state = search.state_dict()
+    before = copy.deepcopy(state)
+    search.load_state_dict(state)
+    for now in gradients[2:]:
+        feed(search, now)
+    assert all(equal(state[key], before[key]) for key in ("keep", "scores", "masks"))
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ({"target": Target(prunable=0.4)}, "target"),
+        ({"target": Target(prunable=0.5 + 1e-7)}, "target"),
+        ({"target": Target(params=0.5)}, "target"),
+        ({"steps": 7}, "steps"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"interval": 2}, "interval"),
+        ({"gradient_order": "authors"}, "gradient_order"),
+        ({"sparsity": {"attn": 1.0, "mlp": 1.0}}, "sparsity"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_state_of_another_search_is_refused_by_the_setting_that_differs(make_model, other, key):
+    options = {"target": HALF, "steps": 6}
+    state = Search(make_model(), **options).state_dict()
+    search = Search(make_model(), **{**options, **other})
+    before = search.state_dict()
+    with pytest.raises(UpopError, match=f"saved with {key}="):
+        search.load_state_dict(state)
+    assert search.state_dict()["steps_done"] == before["steps_done"]
+
+
+def test_a_state_of_another_model_is_refused(make_model):
+    state = Search(make_model(layers=3), target=HALF, steps=6).state_dict()
+    with pytest.raises(UpopError, match="saved with units="):
+        Search(make_model(), target=HALF, steps=6).load_state_dict(state)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_two_searches_on_one_model_are_refused(make_model):
+    model = make_model()
+    first = Search(model, target=HALF, steps=3)
+    with pytest.raises(ModelError, match=r"another search.*detach"):
+        Search(model, target=HALF, steps=3)
+    first.detach()
+    Search(model, target=HALF, steps=3)
+
+
+def test_a_step_without_backward_is_refused(make_model):
+    search = Search(make_model(), target=HALF, steps=3)
+    with pytest.raises(UpopError, match=r"no gradient has reached the masks.*after loss\.backward\(\)"):
+        search.step()
+    feed(search, random_gradients(search.structures, 1)[0])
+    with pytest.raises(UpopError, match="no gradient has reached the masks"):
+        search.step()
+    assert search.steps_done == 1
+
+
+def test_slim_before_the_end_is_refused(make_model):
+    search = Search(make_model(), target=HALF, steps=3)
+    feed(search, random_gradients(search.structures, 1)[0])
+    with pytest.raises(UpopError, match=r"1 of 3 steps are done.*finish\(\)"):
+        search.slim()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_and_not_counted(make_model, bad):
+    search = Search(make_model(), target=HALF, steps=3)
+    gradients = random_gradients(search.structures, 1)[0]
+    feed(search, gradients)
+    before = search.state_dict()
+    broken = {name: g.clone() for name, g in gradients.items()}
+    broken["mlp.1"][3] = bad
+    with pytest.raises(TrainingError, match="a mask gradient is NaN or infinite at step 1"):
+        feed(search, broken)
+    after = search.state_dict()
+    assert all(equal(before[key], after[key]) for key in ("keep", "scores", "masks"))
+    assert after["steps_done"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "sin"}, r"schedule: expected one of sine, .* got 'sin'; did you mean 'sine'\?"),
+        ({"gradient_order": "author"}, r"gradient_order: expected 'paper' or 'authors', got 'author'"),
+        ({"steps": 0}, r"expected steps >= 1.*steps=0"),
+        ({"interval": 0}, r"interval >= 1.*interval=0"),
+        ({"sparsity": {"atn": 1.0}}, r"sparsity: .*'atn'; did you mean 'attn'\?"),
+    ],
+    ids=["schedule", "gradient_order", "steps", "interval", "sparsity"],
+)
+def test_a_bad_option_is_refused_before_the_model_is_touched(make_model, options, message):
+    model = make_model()
+    with pytest.raises(UpopError, match=message):
+        Search(model, **{"target": HALF, "steps": 3, **options})
+    assert not any("forward" in vars(m) for m in model.modules())
