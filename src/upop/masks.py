@@ -52,7 +52,7 @@ class Masks:
         self._forwards = list(forwards.values())
         for forward in self._forwards:
             # On the instance, so that names, classes and other instances stay as they are.
-            forward.module.forward = forward  # type: ignore[method-assign,assignment]
+            forward.module.forward = forward  # type: ignore[method-assign]
 
     def detach(self) -> None:
         """Take the masks off: the model computes with its own weights again, bit for bit. Idempotent."""

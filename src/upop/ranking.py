@@ -28,7 +28,7 @@ def zscore_per_kind(structures: Sequence[Structure], scores: Scores) -> dict[str
         # A spread at the level of float32 rounding is no spread: dividing by it would rank noise.
         flat = std <= 1e-6 * pooled.abs().max()
         normed = torch.where(flat, torch.zeros_like(centred), centred / std.clamp_min(1e-38))
-        result.update(zip(names, normed.split([scores[name].numel() for name in names]), strict=True))
+        result.update(zip(names, torch.split(normed, [scores[name].numel() for name in names]), strict=True))
     return result
 
 
@@ -49,7 +49,7 @@ def select(structures: Sequence[Structure], scores: Scores, budget: float) -> di
     keep = torch.ones(flat.numel(), dtype=torch.bool)
     # Budgets are products of a float ratio and an integer cost: do not let rounding take one unit more.
     keep[order[spent_before.double() < budget - 1e-6 * max(1.0, budget * 1e-6)]] = False
-    parts = keep.split([s.units for s in structures])
+    parts = torch.split(keep, [s.units for s in structures])
     return {s.name: part.clone() for s, part in zip(structures, parts, strict=True)}
 
 

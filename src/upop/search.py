@@ -270,4 +270,4 @@ def _sum_over_processes(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
     # One transfer for all structures: the only host synchronisation of a search step.
-    return dict(zip(gradients, flat.cpu().split(sizes), strict=True))
+    return dict(zip(gradients, torch.split(flat.cpu(), sizes), strict=True))
