@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Union
 
 import typer
 from rich.console import Console
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-out = Console(highlight=False)
+out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -54,11 +54,13 @@ def _fail(message: str, error: Exception) -> int:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         out.print(f"upop {__version__}")
-        raise typer.Exit()
+    elif context.invoked_subcommand is None:
+        out.print(context.get_help(), markup=False)
 
 
 def _config_options() -> list[inspect.Parameter]:
@@ -72,7 +74,7 @@ def _config_options() -> list[inspect.Parameter]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[info.annotation | None, option],
+                annotation=Annotated[Union[info.annotation, None], option],  # noqa: UP007 - the type is a value
             )
         )
     return options

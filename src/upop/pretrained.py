@@ -15,7 +15,7 @@ from upop.errors import ModelError
 
 
 @strict
-class PrunedViTConfig(ViTConfig):
+class PrunedViTConfig(ViTConfig):  # type: ignore[misc]
     """A ViT with its own width in every layer.
 
     Attributes:
@@ -33,7 +33,7 @@ class PrunedViTConfig(ViTConfig):
 
 
 @strict
-class PrunedDeiTConfig(DeiTConfig):
+class PrunedDeiTConfig(DeiTConfig):  # type: ignore[misc]
     """A DeiT with its own width in every layer; see PrunedViTConfig."""
 
     model_type = "upop_deit"
@@ -81,12 +81,13 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     Raises ModelError for a model that cannot save itself so, or where `folder` cannot be written.
     """
-    if not hasattr(model, "save_pretrained"):
+    save = getattr(model, "save_pretrained", None)
+    if not callable(save):
         raise ModelError(
             f"{type(model).__name__}: expected a Hugging Face model (with save_pretrained), to write to {folder}"
         )
     try:
-        model.save_pretrained(folder)
+        save(folder)
     except OSError as error:
         raise ModelError(f"{folder}: cannot write the model ({error.strerror or error})") from error
 

@@ -321,7 +321,7 @@ def evaluate(
     for name, model in models.items():
         model.train(training[name])
     result = {}
-    for name, values in sums.items():
-        correct, loss, images = (float(v) for v in accelerator.reduce(values.float().double(), reduction="sum"))
-        result[name] = Score(correct / images, loss / images, int(images))
+    for name, counts in sums.items():
+        right, total, seen = (float(v) for v in accelerator.reduce(counts, reduction="sum"))
+        result[name] = Score(right / seen, total / seen, int(seen))
     return result
