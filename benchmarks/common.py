@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,14 @@ from transformers import ViTConfig, ViTForImageClassification
 import upop
 
 Step = Callable[[], None]
+
+
+class Reading(NamedTuple):
+    """Milliseconds of one step: by the clock, and of all this process's threads (what others' load leaves alone)."""
+
+    wall_ms: float
+    cpu_ms: float
+
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}  # DeiT; 12 blocks, heads of 64 dims
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,8 +109,8 @@ def search_step(args: argparse.Namespace) -> Step:
     return finetune_step(model, args, upop.Search(model, target=upop.Target(prunable=0.5), steps=steps, interval=1))
 
 
-def take_turns(variants: dict[str, Step], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds per step of each variant, A B B A A B B A .., `--chunk` steps between two clock readings.
+def take_turns(variants: dict[str, Step], args: argparse.Namespace) -> dict[str, list[Reading]]:
+    """Readings of each variant, A B B A A B B A .., with `--chunk` steps between two readings.
 
     Readings i of all variants are neighbours in time: compare them with each other, not with distant ones.
     """
@@ -109,18 +118,23 @@ def take_turns(variants: dict[str, Step], args: argparse.Namespace) -> dict[str,
     for step in variants.values():
         for _ in range(WARM_UP_STEPS):
             step()
-    times_ms: dict[str, list[float]] = {name: [] for name in variants}
+    readings: dict[str, list[Reading]] = {name: [] for name in variants}
     order = list(variants)
     for _ in range(max(1, args.steps // chunk)):
         for name in order:
-            synchronize(args.device)
-            start = time.perf_counter()
-            for _ in range(chunk):
-                variants[name]()
-            synchronize(args.device)
-            times_ms[name].append((time.perf_counter() - start) * 1e3 / chunk)
+            readings[name].append(_read(variants[name], chunk, args.device))
         order.reverse()
-    return times_ms
+    return readings
+
+
+def _read(step: Step, chunk: int, device: str) -> Reading:
+    synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(chunk):
+        step()
+    synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Reading(wall_ms=wall * 1e3 / chunk, cpu_ms=cpu * 1e3 / chunk)
 
 
 def synchronize(device: str) -> None:

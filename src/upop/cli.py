@@ -20,6 +20,7 @@ from rich.table import Table
 from upop import __version__
 from upop.config import PruneConfig, load_config, make_config
 from upop.errors import UpopError
+from upop.folder import is_main_process
 
 app = typer.Typer(
     help="Make a Vision Transformer physically smaller and really faster, by UPop.",
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -232,68 +233,59 @@ def _clock(seconds: float) -> str:
 
 def _print_plan(plan: Any) -> None:
     c = plan.config
-    images = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
-    out.print(str(plan.analysis), markup=False)
-    out.print(
-        f"data: {plan.data.name}, {', '.join(f'{n} {len(s):,}' for n, s in images.items() if s is not None)} images"
-    )
-    out.print(
-        f"stages: {', '.join(f'{stage} {steps:,} steps' for stage, steps in plan.steps.items())} of {c.batch_size} images"
-    )
+    splits = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
+    images = ", ".join(f"{name} {len(split):,}" for name, split in splits.items() if split is not None)
+    stages = ", ".join(f"{stage} {steps:,} steps" for stage, steps in plan.steps.items())
     before, after = plan.analysis.params, plan.params_after
+    out.print(str(plan.analysis), markup=False)
+    out.print(f"images: {plan.data.name}: {images}", markup=False)
+    out.print(f"stages: {stages} of {c.batch_size} images")
     out.print(
         f"parameters: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed); about "
-        f"{plan.macs_before / 1e9:.3f} -> {plan.macs_after / 1e9:.3f} GMACs if all layers shrank alike"
+        f"{plan.macs_before / 1e9:.3f} -> {plan.macs_after / 1e9:.3f} GMACs an image, if all layers shrank alike"
     )
-    out.print("resolved configuration:\n" + c.to_toml(), markup=False)
+    out.print("resolved configuration:\n" + c.to_toml(), markup=False, end="")
 
 
 def _print_result(result: Mapping[str, Any], folder: Path) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
     splits = list(next(iter(result["accuracy"].values())))
-    for column in ("", *(f"{split} accuracy" for split in splits)):
-        table.add_column(column, justify="left" if not column else "right")
     labels = {"dense": "dense", "search": "after search, masked", "slim": "slimmed", "retrain": "retrained"}
+    accuracy = _table("", *(f"{split} accuracy" for split in splits))
     for stage, found in result["accuracy"].items():
-        table.add_row(labels[stage], *(f"{100 * found[split]:.2f} %" for split in splits))
-    sizes = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "before", "after", "ratio"):
-        sizes.add_column(column, justify="left" if not column else "right")
-    params, macs = result["params"], result["macs"]
-    sizes.add_row(
-        "parameters",
-        f"{params['before']:,}",
-        f"{params['after']:,}",
-        f"{params['after'] / params['before']:.3f}",
-    )
-    sizes.add_row(
-        "MACs an image", f"{macs['before']:,}", f"{macs['after']:,}", f"{macs['after'] / macs['before']:.3f}"
-    )
+        accuracy.add_row(labels[stage], *(f"{100 * found[split]:.2f} %" for split in splits))
+    sizes = _table("", "before", "after", "ratio")
+    for label, key in (("parameters", "params"), ("MACs an image", "macs")):
+        before, after = result[key]["before"], result[key]["after"]
+        sizes.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}")
     for batch, found in result["latency"].items():
         before, after = found["before"]["median_ms"], found["after"]["median_ms"]
         sizes.add_row(f"milliseconds, batch {batch}", f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
-    out.print(table, sizes, sep="\n\n")
-    for warning in result["warnings"]:
-        out.print(f"warning: {warning}", style="yellow")
-    if result["data"]["skipped"]:
-        out.print(
-            f"warning: {len(result['data']['skipped'])} unreadable images were skipped, see result.json",
-            style="yellow",
-        )
-    out.print(
-        f"\n{_clock(result['seconds']['all'])} in all; everything is in {folder}: model/ result.json widths.png stages.png"
-    )
+    out.print()
+    out.print(accuracy)
+    out.print()
+    out.print(sizes)
+    out.print()
+    skipped = len(result["data"]["skipped"])
+    notes = [*result["warnings"], *([f"{skipped} unreadable images were skipped, see result.json"] if skipped else [])]
+    for note in notes:
+        out.print(f"warning: {note}", style="yellow", markup=False)
+    out.print(f"{_clock(result['seconds']['all'])} in all; in {folder}: model/ result.json widths.png stages.png")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    return table
 
 
 def _print_promises(result: Mapping[str, Any]) -> None:
-    params, latency = result["params"], result["latency"]
-    fastest = min(found["after"]["median_ms"] / found["before"]["median_ms"] for found in latency.values())
-    same = result["accuracy"]["search"] == result["accuracy"]["slim"]
-    out.print(
-        f"same outputs: masked and slimmed logits differ by at most {result['gap']:.1e}, accuracy {'equal' if same else 'DIFFERS'}"
-    )
+    params = result["params"]
+    speed = max(found["before"]["median_ms"] / found["after"]["median_ms"] for found in result["latency"].values())
+    same = "the same" if result["accuracy"]["search"] == result["accuracy"]["slim"] else "NOT the same"
+    out.print(f"same outputs: masked and slimmed logits differ by at most {result['gap']:.1e}; accuracy is {same}")
     out.print(f"smaller: {100 * (1 - params['after'] / params['before']):.1f} % of the parameters are gone")
-    out.print(f"faster: {1 / fastest:.2f} times, measured side by side")
+    out.print(f"faster: {speed:.2f} times, measured side by side")
 
 
 def _quiet_libraries() -> None:

@@ -25,6 +25,11 @@ from upop.errors import UpopError
 MARK = "config.toml"
 
 
+def is_main_process() -> bool:
+    """Whether this process writes and speaks for all that a launcher started; known before any set-up."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder `path`, written by the main process only."""
@@ -34,6 +39,8 @@ class RunFolder:
 
     def check(self, *, overwrite: bool) -> None:
         """Raise UpopError where a run must not go: an older run (unless `overwrite`), foreign files, no permission."""
+        if not self.main:
+            return
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise UpopError(f"out {self.path}: expected a folder, but {parent} is a file; choose another name")

@@ -23,9 +23,9 @@ from upop import plots
 from upop.analysis import Analysis, analyze
 from upop.config import PruneConfig
 from upop.data import Augment, Batches, ImageData, Split, load_data
-from upop.errors import UpopError
+from upop.errors import TrainingError, UpopError
 from upop.families import find_structures
-from upop.folder import RunFolder, provenance
+from upop.folder import RunFolder, is_main_process, provenance
 from upop.models import LoadedModel, fit_head_, load_model, save_image_processor
 from upop.pretrained import save_pretrained
 from upop.profiling import compare_latency, count_macs, count_params
@@ -194,7 +194,7 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
     """
-    RunFolder(Path(config.out)).check(overwrite=overwrite)
+    RunFolder(Path(config.out), main=is_main_process()).check(overwrite=overwrite)
     plan = make_plan(config)
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
@@ -340,6 +340,8 @@ class _Run:
 
         def epoch_end(number: int) -> None:
             score = evaluate({stage: model}, validation, accelerator=self.accelerator, autocast=True)[stage]
+            if not math.isfinite(score.loss):
+                raise TrainingError(f"the validation loss is not finite after epoch {number}; lower the learning rate")
             self.metrics(stage, last[0], validation_accuracy=score.accuracy, validation_loss=score.loss)
             self.observer.epoch(number, score.accuracy)
             log.info("%s: epoch %d of %d, validation accuracy %.4f", stage, number, epochs, score.accuracy)
@@ -351,16 +353,24 @@ class _Run:
             train = self.batches(
                 self.plan.data.train, augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color)
             )
-            fit(
-                model,
-                train,
-                options,
-                accelerator=self.accelerator,
-                hook=hook,
-                teacher=teacher if c.distill else None,
-                report=report,
-                epoch_end=epoch_end,
-            )
+            try:
+                fit(
+                    model,
+                    train,
+                    options,
+                    accelerator=self.accelerator,
+                    hook=hook,
+                    teacher=teacher if c.distill else None,
+                    report=report,
+                    epoch_end=epoch_end,
+                )
+            except TrainingError as error:
+                raise TrainingError(f"{stage}: {error}; {self.last_good()}") from error
+
+    def last_good(self) -> str:
+        """Where the weights of the last complete epoch are."""
+        path = self.folder.path / "last-good"
+        return f"the last good weights are in {path}" if path.exists() else "no epoch was complete before that"
 
     def metrics(self, stage: str, progress: Progress, **more: float) -> None:
         """A line of metrics.jsonl and, where there is one, the tracker's."""

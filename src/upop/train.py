@@ -151,6 +151,8 @@ def fit(
         epoch_end(epoch + 1)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    # Accelerate's mark: copies of the model would carry it on, and saved ones must not know how they were trained.
+    vars(model).pop("_is_accelerate_prepared", None)
     model.eval()
 
 
@@ -252,6 +254,7 @@ class _Tally:
     def __init__(self, steps: int, options: FitOptions, device: torch.device) -> None:
         self.step, self.steps, self.epoch, self.epochs = 0, steps, 0, options.epochs
         self._sums = torch.zeros(3, device=device)
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._began = time.monotonic()
 
     def start(self, epoch: int, teacher: nn.Module | None) -> None:
@@ -263,14 +266,15 @@ class _Tally:
     def add(self, sums: Tensor) -> None:
         self._sums = self._sums + sums
         self.step += 1
+        bad = ~sums[0].isfinite() & (self._first_bad == 0)
+        self._first_bad = torch.where(bad, self.step, self._first_bad)
         if self.step % CHECK_EVERY == 0:
             self.check()
 
     def check(self) -> None:
-        # Sums of an epoch stay NaN once a loss was: nothing is missed between two looks.
-        if self.step and not bool(self._sums[0].isfinite()):
+        if step := int(self._first_bad):
             raise TrainingError(
-                f"the loss is no longer finite at step {self.step} of {self.steps} (epoch {self.epoch + 1}); "
+                f"the loss is no longer finite at step {step} of {self.steps} (epoch {self.epoch + 1}); "
                 "lower the learning rate or train in float32"
             )
 

@@ -1,0 +1,76 @@
+"""Options and config files say the same things, and say clearly what is wrong with them."""
+
+import tomllib
+
+import pytest
+
+from upop.config import ConfigError, PruneConfig, load_config, make_config
+
+NEEDED = {"model": "deit-digits", "data": "digits"}
+
+
+def test_a_saved_config_reads_back_as_the_same_config(tmp_path):
+    config = make_config({**NEEDED, "lr": 3e-4, "mixup": 0.8, "flip": False, "out": 'a "quoted" é folder'})
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert make_config(load_config(path)) == config
+
+
+def test_a_resolved_config_leaves_nothing_to_be_chosen_but_what_is_off():
+    resolved = make_config(NEEDED).resolve(trained=True, device_type="cpu")
+    values = resolved.model_dump()
+    open_values = {key for key, value in values.items() if value in (None, "auto")}
+    assert open_values == {"validation", "subset", "tracker"}
+    assert tomllib.loads(resolved.to_toml())["lr"] == values["lr"]
+
+
+def test_pretrained_weights_get_a_learning_rate_that_keeps_them():
+    assert make_config(NEEDED).resolve(trained=True, device_type="cpu").lr <= 1e-4
+
+
+def test_what_the_user_says_is_never_replaced():
+    chosen = make_config({**NEEDED, "lr": 0.5, "lr_search": 0.25, "optimizer": "adamw", "epochs_dense": 7})
+    resolved = chosen.resolve(trained=False, device_type="cpu")
+    assert (resolved.lr, resolved.lr_search, resolved.optimizer, resolved.epochs_dense) == (0.5, 0.25, "adamw", 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch_search": 3}, "unknown key 'epoch_search'; did you mean 'epochs_search'"),
+        ({"lr": -1}, "lr: .*greater than 0, got -1"),
+        ({"lr": float("nan")}, "lr: .*finite"),
+        ({"stages": "dense,serch"}, "stages: expected some of dense, search, retrain, got 'serch'.*'search'"),
+        ({"stages": "dense,retrain"}, "expected a search between dense and retrain"),
+        ({"schedule": "sin"}, "schedule: expected one of sine, .*did you mean 'sine'"),
+        ({"batch_size": "many"}, "batch_size: .*got 'many'"),
+        ({"precision": "fp8"}, "precision: .*'bf16'.*got 'fp8'"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_config({**NEEDED, **values}, where="run.toml")
+    assert str(caught.value).startswith("run.toml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_values_are_named():
+    with pytest.raises(ConfigError, match="options: data: Field required"):
+        make_config({"model": "deit-digits"})
+
+
+@pytest.mark.parametrize("content", [b"model = ", b"\xff\xfe\x00"])
+def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="broken.toml: expected TOML"):
+        load_config(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="absent.toml: cannot be read"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_every_field_says_what_it_is_for():
+    assert all(info.description for info in PruneConfig.model_fields.values())
