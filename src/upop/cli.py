@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -39,7 +39,9 @@ def main() -> None:
     except UpopError as error:
         code = _fail(str(error), error)
     except typer.TyperException as error:
-        code = _fail(error.format_message() if isinstance(error, typer.BadParameter) else str(error), error)
+        # The parser knows which options come near a wrong one, but says so only in its own layout.
+        near = getattr(error, "possibilities", None) or ()
+        code = _fail(f"{error}" + (f"; did you mean {near[0]}?" if near else ""), error)
     except (KeyboardInterrupt, typer.Abort):
         err.print("upop: interrupted; what was written so far stays")
         code = 130
@@ -65,20 +67,26 @@ def _root(
 
 
 def _config_options() -> list[inspect.Parameter]:
-    """One option per field of PruneConfig, absent unless given, so that a config file can say the rest."""
+    """One option per field of PruneConfig, absent unless given, so that a config file can say the rest.
+
+    Values stay text, for PruneConfig to judge: options and config files are refused in the same words.
+    """
     options = []
     for name, info in PruneConfig.model_fields.items():
         default = "" if info.is_required() or info.default is None else f" [{info.default}]"
-        option = typer.Option(help=f"{info.description}{default}", show_default=False)
-        options.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[Union[info.annotation, None], option],  # noqa: UP007 - the type is a value
-            )
-        )
+        flag = info.annotation is bool
+        metavar = None if flag else _metavar(info.annotation)
+        option = typer.Option(help=f"{info.description}{default}", show_default=False, metavar=metavar)
+        annotation = Annotated[bool | None, option] if flag else Annotated[str | None, option]
+        options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     return options
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    inner = [part for part in get_args(annotation) if part is not type(None)]
+    return _metavar(inner[0]) if inner else {int: "INT", float: "FLOAT"}.get(annotation, "TEXT")
 
 
 def _prune(
@@ -299,3 +307,7 @@ def _quiet_libraries() -> None:
 
     set_verbosity_error()
     disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

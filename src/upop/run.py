@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 LATENCY_BATCHES = (1, 64)
+LATENCY_SECONDS = 5.0
 METRICS_EVERY = 50  # optimizer steps
 Result = dict[str, Any]
 
@@ -195,6 +196,8 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
     off: the weights of the last good epoch are then in `<out>/last-good`.
     """
     RunFolder(Path(config.out), main=is_main_process()).check(overwrite=overwrite)
+    if Path(config.out).resolve() in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
+        raise UpopError(f"out {config.out}: holds the model {config.model} itself; choose another folder")
     plan = make_plan(config)
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
@@ -403,6 +406,7 @@ class _Run:
                     batch=batch,
                     image_size=plan.loaded.image_size,
                     device=self.accelerator.device,
+                    max_seconds=LATENCY_SECONDS,
                 )
                 for batch in LATENCY_BATCHES
             }

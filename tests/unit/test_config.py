@@ -63,12 +63,12 @@ def test_missing_values_are_named():
 def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
     path = tmp_path / "broken.toml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="broken.toml: expected TOML"):
+    with pytest.raises(ConfigError, match=r"broken\.toml: expected TOML"):
         load_config(path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="absent.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read"):
         load_config(tmp_path / "absent.toml")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upop.data import Augment, Batches, DataError, ImageData, MemorySplit, Split, StreamSplit, load_data
 from upop.data.splits import cut
+from upop.data.tables import _mapped
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 ALL_PARTS = ("train", "validation", "test")
@@ -70,7 +71,7 @@ def parquet(
     images = pixels(len(labels), seed=seed)
     if cells is None:
         cells = [{"bytes": encoded(image), "path": None} for image in images]
-    if isinstance(cells[0], dict):
+    if len(cells) and isinstance(cells[0], dict):
         cells = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     features = {columns[0]: {"_type": "Image"}, columns[1]: {"_type": "ClassLabel", "names": list(names or ())}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
@@ -176,6 +177,14 @@ def test_parquet_split_with_secret_labels_is_left_alone(tmp_path: Path) -> None:
     parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [-1] * 20)
     data = load_data(str(folder))
     assert {name: len(split) for name, split in parts(data).items()} == {"train": 48, "validation": 6, "test": 6}
+
+
+def test_parquet_with_metadata_of_another_kind_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "d" / "train-0.parquet"
+    for metadata in ("no json", "[]", '{"info": {"features": {"label": [{"_type": "ClassLabel"}]}}}'):
+        parquet(file, [0, 1] * 10)
+        pq.write_table(pq.read_table(file).replace_schema_metadata({"huggingface": metadata}), file)
+        assert load_data(str(tmp_path / "d")).classes == ("0", "1")
 
 
 def test_hub_dataset_is_read_through_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,6 +385,14 @@ def test_images_of_differing_sizes_are_resized_and_cropped_to_one(tmp_path: Path
     assert again.fingerprint == data.fingerprint
 
 
+def test_sizes_known_to_differ_are_not_found_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = mixed_sizes(tmp_path / "d", odd=78)
+    load_data(str(root), image_size=28)
+    calls = decodes(monkeypatch)
+    load_data(str(root), image_size=28)
+    assert calls == []
+
+
 @pytest.mark.parametrize("source", ["files", "parquet", "parquet, no cache"])
 def test_a_stream_gives_the_images_that_memory_would_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
@@ -399,6 +416,19 @@ def test_a_stream_gives_the_images_that_memory_would_hold(
         assert len(one) == len(other)
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.images, images_of(pickle.loads(pickle.dumps(other))))
+
+
+def test_a_damaged_copy_for_streaming_is_made_again(tmp_path: Path, cache_folder: Path) -> None:
+    folder = str(parquet_folder(tmp_path / "d"))
+    wanted = images_of(load_data(folder, memory_limit=1, image_size=8).train)
+    (copy,) = cache_folder.glob("*.arrow")
+    size = copy.stat().st_size
+    # A new file, as another process would leave: the old one is still mapped here.
+    copy.unlink()
+    copy.write_bytes(b"broken")
+    _mapped.cache_clear()
+    assert torch.equal(images_of(load_data(folder, memory_limit=1, image_size=8).train), wanted)
+    assert copy.stat().st_size == size
 
 
 def test_a_stream_is_not_needed_where_resized_images_fit(tmp_path: Path) -> None:
@@ -615,6 +645,21 @@ def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path: Path) -> None:
         load_data(str(tmp_path / "d"))
 
 
+def test_a_split_of_broken_files_alone_is_an_error(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "d", {"train": {"a": 10}, "test": {"a": 1}})
+    (root / "test" / "a" / "000.png").write_bytes(b"")
+    with pytest.raises(DataError, match="d without its broken files: expected images in test, got none; add"):
+        load_data(str(root), skip_bad=True)
+
+
+def test_a_link_to_nowhere_is_a_broken_file(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "d", {"": {"a": 10, "b": 10}})
+    (root / "a" / "zzz.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"a/zzz\.png: expected an image, got FileNotFoundError"):
+        load_data(str(root))
+    assert load_data(str(root), skip_bad=True).skipped == (f"{root}/a/zzz.png",)
+
+
 def test_a_class_of_broken_files_alone_is_an_error(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "d", {"": {"a": 10, "b": 10}})
     for file in (root / "b").iterdir():
@@ -633,6 +678,15 @@ def test_unknown_names_get_the_nearest_known_one() -> None:
         load_data("/no/such/folder")
     with pytest.raises(DataError, match="unknown data set ''"):
         load_data("")
+
+
+def test_hub_dataset_without_train_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"label": [0]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"all": table}))
+    with pytest.raises(DataError, match="a/b: expected a split 'train', got all; choose another"):
+        load_data("a/b")
 
 
 def test_no_network_is_said_in_one_line() -> None:
@@ -735,6 +789,19 @@ def class_nowhere(root: Path) -> None:
     parquet(root / "train-0.parquet", [0, 1] * 10, names=("ant", "bee", "cow"))
 
 
+def empty_train(root: Path) -> None:
+    parquet(root / "train-0.parquet", np.empty(0, np.int64), cells=pa.array([], pa.binary()))
+
+
+def empty_test(root: Path) -> None:
+    parquet(root / "train-0.parquet", [0, 1] * 10)
+    parquet(root / "test-0.parquet", np.empty(0, np.int64), cells=pa.array([], pa.binary()))
+
+
+def secret_train(root: Path) -> None:
+    parquet(root / "train-0.parquet", [-1] * 10)
+
+
 def a_file(root: Path) -> None:
     root.write_text("")
 
@@ -764,6 +831,9 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (unnamed_classes_differ, "d: expected the same classes in train and test, got 1 in one only; give"),
     (class_only_in_test, "d: expected the classes of train in test, got 'bee' besides; give both"),
     (class_nowhere, "d: class 'cow' has no image in train; add images or remove it"),
+    (empty_train, "d: expected images in train, got none; add"),
+    (empty_test, "d: expected images in test, got none; add"),
+    (secret_train, r"d: expected labels from 0 to 1 \(2 classes\), got -1"),
     (a_file, "d: expected a folder, got a file; give the folder that holds it"),
 ]
 
@@ -970,3 +1040,20 @@ def test_batches_refuse_what_cannot_work(options: dict[str, Any], message: str) 
 def test_batches_refuse_to_start_after_the_end() -> None:
     with pytest.raises(DataError, match="expected to start from batch 0 to 2, got 3"):
         batches(held(16)).epoch(0, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_never_make_the_host_wait_for_the_gpu_and_equal_those_of_the_cpu() -> None:
+    split = held(64, 32, 32)
+    augment = Augment(erasing=0.5, color=0.4, mixup=0.5, cutmix=0.5)
+    here, there = (batches(split, train=True, augment=augment, size=40, device=d) for d in ("cpu", "cuda"))
+    list(there)  # loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(there.epoch(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (x, y), (u, v) in zip(here.epoch(1), found, strict=True):
+        torch.testing.assert_close(x, u.cpu(), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(y, v.cpu(), atol=1e-5, rtol=1e-5)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from upop.data import Batches, MemorySplit
@@ -58,6 +59,22 @@ def test_the_same_seed_gives_the_same_weights(make_model, split, accelerator):
         fit(model, batches(split, train=True), OPTIONS, accelerator=accelerator)
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_every_stage_trains_in_the_chosen_precision_also_a_model_trained_before(make_model, split):
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = make_model("vit", labels=4)
+    seen = []
+    for _ in range(2):
+        fc1 = model.vit.layers[0].mlp.fc1
+        handle = fc1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        fit(model, batches(split, train=True), FitOptions(epochs=1, lr=1e-4), accelerator=accelerator)
+        handle.remove()
+        model = copy.deepcopy(model)
+    assert len(seen) == 6
+    assert set(seen) == {torch.bfloat16}
+    AcceleratorState._reset_state()
 
 
 def test_micro_batches_change_memory_not_the_result(make_model, split, accelerator):

@@ -95,7 +95,7 @@ class Batches:
     def _fetched(self, picks: list[Tensor]) -> Iterator[Tensor]:
         """Images uint8 [B, 3, h, w] on the device, decoded by the workers."""
         loader: DataLoader[Tensor | str] = DataLoader(
-            _Picked(self.split, picks),
+            _Picked(self.split, [pick.tolist() for pick in picks]),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -117,7 +117,7 @@ class Batches:
 class _Picked(Dataset[Tensor | str]):
     """One item per batch: images uint8 [B, 3, h, w], or what is wrong, since workers garble exceptions."""
 
-    def __init__(self, split: Split, picks: list[Tensor]) -> None:
+    def __init__(self, split: Split, picks: list[list[int]]) -> None:
         self.split, self.picks = split, picks
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class _Picked(Dataset[Tensor | str]):
     def __getitem__(self, batch: int) -> Tensor | str:
         assert isinstance(self.split, StreamSplit)
         try:
-            return torch.stack([self.split[index] for index in self.picks[batch].tolist()])
+            return torch.stack([self.split[index] for index in self.picks[batch]])
         except DataError as error:
             return str(error)
 

@@ -131,7 +131,7 @@ def _check_same_classes(train: tuple[str, ...], other: tuple[str, ...], at: Path
 def _images(folder: Path, *, skip_bad: bool) -> tuple[list[Path], list[Path]]:
     """Image files below a class folder and other files, which are errors unless they may be skipped."""
     good, bad = [], []
-    for place, folders, _ in os.walk(folder):
+    for place, folders, _ in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [file for file in _visible(Path(place)) if not file.is_dir()]
         good += [file for file in files if file.suffix.lower() in SUFFIXES]
@@ -146,6 +146,10 @@ def _images(folder: Path, *, skip_bad: bool) -> tuple[list[Path], list[Path]]:
             f"{folder}: expected images of class {folder.name!r}, got none; add images or remove the folder"
         )
     return good, bad
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _cifar_batch(file: Path) -> tuple[Pixels, np.ndarray[Any, np.dtype[np.int64]]]:

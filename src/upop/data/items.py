@@ -36,8 +36,8 @@ class Items(Protocol):
     def name(self, index: int) -> str:
         """What this image is called below the root, the same on every machine."""
 
-    def sizes(self) -> Ints:
-        """Encoded size in bytes of all images [n]."""
+    def sizes(self, index: Ints) -> Ints:
+        """Encoded size in bytes of the images at these positions."""
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
@@ -56,8 +56,9 @@ class FileItems:
     def name(self, index: int) -> str:
         return self.names[index]
 
-    def sizes(self) -> Ints:
-        return np.array([os.stat(os.path.join(self.root, name)).st_size for name in self.names], dtype=np.int64)
+    def sizes(self, index: Ints) -> Ints:
+        files = (os.path.join(self.root, self.names[place]) for place in index.tolist())
+        return np.array([size_and_time(file)[0] for file in files], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
         return Path(self.root, self.names[index]).read_bytes()
@@ -76,8 +77,8 @@ class Chosen:
     def name(self, index: int) -> str:
         return self.items.name(int(self.index[index]))
 
-    def sizes(self) -> Ints:
-        return self.items.sizes()[self.index]
+    def sizes(self, index: Ints) -> Ints:
+        return self.items.sizes(self.index[index])
 
     def read(self, index: int) -> bytes:
         return self.items.read(int(self.index[index]))
@@ -85,6 +86,15 @@ class Chosen:
 
 class SizesDifferError(Exception):
     """Images that seemed to be of one size are not."""
+
+
+def size_and_time(file: str | Path) -> tuple[int, int]:
+    """Bytes and modification time (ns) of a file, -1 for one that is not there: reading it will report that."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def full_name(items: Items, index: int) -> str:

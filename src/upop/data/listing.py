@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from upop.data.items import Ints, Items, Pixels
+from upop.data.items import Ints, Items, Pixels, size_and_time
 
 # How folders and files call the splits, and what we call them.
 SPLITS = {
@@ -37,6 +37,6 @@ def key_of(root: Path, names: Iterable[str]) -> str:
     """sha256 over the root and the files' names below it, sizes and modification times."""
     digest = hashlib.sha256(f"1\0{root.resolve()}\n".encode(errors="surrogateescape"))
     for name in names:
-        stat = (root / name).stat()
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        size, time = size_and_time(root / name)
+        digest.update(f"{name}\0{size}\0{time}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

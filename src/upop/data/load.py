@@ -4,7 +4,6 @@ Must not read file formats itself.
 Shapes: n images, h height, w width.
 """
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from upop.data.items import (
 from upop.data.listing import Listing
 from upop.data.sources import find
 from upop.data.splits import ImageData, MemorySplit, Split, StreamSplit, check_classes, cut
-from upop.data.tables import ParquetItems, for_random_access
+from upop.data.tables import ParquetItems, for_random_access, free_row_groups
 from upop.errors import DataError
 
 PARTS = ("train", "validation", "test")
@@ -66,13 +65,15 @@ def load_data(
     check_classes(listing.labels, listing.parts, listing.classes, listing.name)
     parts = _with_subset(_with_all_parts(listing, validation, seed), listing, subset, seed)
     splits, bad = _splits(listing, parts, _Limits(memory_limit, image_size, skip_bad))
+    fingerprint = _fingerprint(splits)
+    free_row_groups()
     return ImageData(
         name=listing.name,
         classes=listing.classes,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],
-        fingerprint=_fingerprint(splits),
+        fingerprint=fingerprint,
         skipped=(*listing.skipped, *bad),
     )
 
@@ -158,15 +159,20 @@ def _streamed(
 
 def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tuple[Pixels, Ints] | None:
     """Pixels of the needed images and which of these are broken; None where they would not fit in memory."""
-    for size in _sizes(Chosen(items, needed), limits):
-        with contextlib.suppress(SizesDifferError):
+    # Once sizes are known to differ, there is no use in decoding up to the first odd one every time.
+    mark = f"{key}-differ" if key and len(needed) == len(items) else None
+    differ = cache.read(mark, np.int64, (0,)) is not None
+    for size in _sizes(Chosen(items, needed), limits, differ=differ):
+        try:
             return _at_size(items, needed, size, key, limits.skip_bad)
+        except SizesDifferError:
+            cache.write(mark, np.empty(0, dtype=np.int64))
     return None
 
 
-def _sizes(items: Items, limits: _Limits) -> list[int | None]:
-    """Sizes to decode to that fit in memory, the best first; None: as they are."""
-    common = common_size(items)
+def _sizes(items: Items, limits: _Limits, *, differ: bool) -> list[int | None]:
+    """Sizes to decode to that fit in memory, the best first; None: as they are, unless they differ."""
+    common = None if differ else common_size(items)
     wanted: list[tuple[int | None, int]] = [(None, common[0] * common[1])] if common else []
     wanted.append((limits.size, limits.size**2))
     return [size for size, area in wanted if 3 * area * len(items) <= limits.memory]
@@ -193,12 +199,10 @@ def _known_bad(items: Items, needed: Ints, key: str | None, limits: _Limits) -> 
     if not limits.skip_bad:
         return np.empty(0, dtype=np.int64)
     name = f"{key}-streamed-bad" if key else None
-    whole = len(needed) == len(items)
     bad = cache.read(name, np.int64, (None,))
     if bad is None:
-        bad = find_bad(Chosen(items, needed))
-        bad = needed[bad]
-        if whole:
+        bad = needed[find_bad(Chosen(items, needed))]
+        if len(needed) == len(items):
             cache.write(name, bad)
     return np.intersect1d(bad, needed)
 
@@ -211,6 +215,6 @@ def _fingerprint(splits: dict[str, Split]) -> str:
         else:
             names = [split.items.name(index) for index in range(len(split))]
             digest.update("\n".join(names).encode(errors="surrogateescape"))
-            digest.update(split.items.sizes().data)
+            digest.update(split.items.sizes(np.arange(len(split))).data)
         digest.update(split.labels.numpy().data)
     return digest.hexdigest()

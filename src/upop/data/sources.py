@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from upop.data.folders import cifar_batches, image_folder, is_cifar_batches
+from upop.data.items import one_line
 from upop.data.listing import Listing
 from upop.data.tables import hub_dataset, parquet_folder, parquet_names
 from upop.errors import DataError, nearest
@@ -21,7 +22,10 @@ def find(spec: str, *, skip_bad: bool) -> Listing:
     """A local path that exists, else a name we know, else a name on the Hub."""
     path = Path(spec).expanduser()
     if spec and path.is_dir():
-        return _folder(path, skip_bad=skip_bad)
+        try:
+            return _folder(path, skip_bad=skip_bad)
+        except OSError as error:
+            raise DataError(f"{spec}: cannot be read: {one_line(error)}; check its permissions") from error
     if spec and path.exists():
         raise DataError(f"{spec}: expected a folder, got a file; give the folder that holds it")
     if spec == "digits":

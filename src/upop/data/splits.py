@@ -60,9 +60,11 @@ class ImageData:
 
 
 def check_classes(labels: Ints, parts: dict[str, Ints], classes: Sequence[str], where: str) -> None:
-    """Every class has an image in train, and no other part has a class that train lacks."""
+    """No part is empty, every class has an image in train, and no other part a class that train lacks."""
     present = {part: set(np.unique(labels[index]).tolist()) for part, index in parts.items()}
     for part, found in present.items():
+        if not found:
+            raise DataError(f"{where}: expected images in {part}, got none; add images")
         if extra := sorted(found - present["train"]):
             raise DataError(
                 f"{where}: expected the classes of train in {part}, got {_some(extra, classes)} besides; "

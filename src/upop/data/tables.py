@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class ParquetItems:
         name, _, before = self.groups[group]
         return f"{name} row {before + index - self.starts[group]}"
 
-    def sizes(self) -> Ints:
-        groups = [_row_group(self.root, name, group, self.column) for name, group, _ in self.groups]
-        return np.concatenate([_lengths(column) for column in groups])
+    def sizes(self, index: Ints) -> Ints:
+        groups = (_row_group(self.root, name, group, self.column) for name, group, _ in self.groups)
+        return np.concatenate([_lengths(column) for column in groups])[index]
 
     def read(self, index: int) -> bytes:
         group = bisect.bisect_right(self.starts, index) - 1
@@ -75,8 +75,8 @@ class MappedItems:
     def name(self, index: int) -> str:
         return self.items.name(index)
 
-    def sizes(self) -> Ints:
-        return _lengths(_mapped(self.file))
+    def sizes(self, index: Ints) -> Ints:
+        return _lengths(_mapped(self.file))[index]
 
     def read(self, index: int) -> bytes:
         return _encoded(_mapped(self.file)[index].as_py(), self.root)
@@ -97,8 +97,8 @@ class HubItems:
         part = bisect.bisect_right(self.starts, index) - 1
         return f"{self.splits[part]} row {index - self.starts[part]}"
 
-    def sizes(self) -> Ints:
-        return np.concatenate([_lengths(table.data.column(self.column)) for table in self.tables])
+    def sizes(self, index: Ints) -> Ints:
+        return np.concatenate([_lengths(table.data.column(self.column)) for table in self.tables])[index]
 
     def read(self, index: int) -> bytes:
         part = bisect.bisect_right(self.starts, index) - 1
@@ -119,7 +119,7 @@ def parquet_folder(folder: Path) -> Listing:
     shards = _shards(folder, parquet_names(folder))
     names = [name for part in shards.values() for name in part]
     schemas = [_schema(folder / name) for name in names]
-    features = json.loads((schemas[0].metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = _features(schemas[0])
     image, label = _columns(schemas[0].names, features, str(folder / names[0]))
     for name, schema in zip(names, schemas, strict=True):
         if not {image, label} <= set(schema.names):
@@ -131,7 +131,7 @@ def parquet_folder(folder: Path) -> Listing:
     columns = _known({split: _read(folder, part, label) for split, part in shards.items()})
     names = [name for split in columns for name in shards[split]]
     items = ParquetItems(folder, names, image)
-    classes, labels, parts = _labels(columns, features.get(label, {}).get("names"), str(folder))
+    classes, labels, parts = _labels(columns, features[label].get("names"), str(folder))
     return Listing(folder.resolve().name, classes, items, labels, parts, key=key_of(folder, names))
 
 
@@ -148,8 +148,12 @@ def hub_dataset(name: str) -> Listing:
     tables = {SPLITS[split]: loaded[split] for split in loaded if split in SPLITS}
     if "train" not in tables:
         raise DataError(f"{name}: expected a split 'train', got {', '.join(loaded)}; choose another data set")
-    features = tables["train"].features.to_dict()
+    features = _by_column(tables["train"].features.to_dict())
     image, label = _columns(tables["train"].column_names, features, name)
+    if (kind := features[image].get("_type")) != "Image":
+        raise DataError(
+            f"{name}: expected images in column {image!r}, got {kind or 'a list'}; choose another data set"
+        )
     columns = _known({split: table.data.column(label) for split, table in tables.items()})
     classes, labels, parts = _labels(columns, features[label].get("names"), name)
     plain = {split: tables[split].cast_column(image, datasets.Image(decode=False)) for split in columns}
@@ -161,12 +165,17 @@ def hub_dataset(name: str) -> Listing:
 def for_random_access(items: ParquetItems, key: str) -> ParquetItems | MappedItems:
     """Items that are quick to read at random; the slow ones where the cache folder cannot take a copy."""
     file = cache.folder() / f"{key}.arrow"
-    with contextlib.suppress(Exception):  # the cache must never be the cause of an error
-        if not (file.exists() and len(_mapped(str(file))) == len(items)):
+    if not _holds(file, len(items)):
+        with contextlib.suppress(Exception):  # the cache must never be the cause of an error
             _copy(items, file)
-        if len(_mapped(str(file))) == len(items):
-            return MappedItems(items, file)
-    return items
+    return MappedItems(items, file) if _holds(file, len(items)) else items
+
+
+def _holds(file: Path, count: int) -> bool:
+    try:
+        return len(_mapped(str(file))) == count
+    except Exception:  # not there, or broken in one of many ways
+        return False
 
 
 def _copy(items: ParquetItems, file: Path) -> None:
@@ -194,6 +203,11 @@ def _mapped(file: str) -> Any:
     import pyarrow as pa
 
     return pa.ipc.open_file(pa.memory_map(file)).read_all().column(0)
+
+
+def free_row_groups() -> None:
+    """Let go of what reading in order has left in memory."""
+    _row_group.cache_clear()
 
 
 @lru_cache(maxsize=4)
@@ -244,29 +258,53 @@ def _shards(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return shards
 
 
-def _schema(file: Path) -> Any:
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns what pyarrow says of a broken file into an error that names it."""
     import pyarrow as pa
-    from pyarrow.parquet import read_schema
 
     try:
-        return read_schema(file)
+        yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: expected a parquet file, got {one_line(error)}; download it again") from error
+
+
+def _schema(file: Path) -> Any:
+    from pyarrow.parquet import read_schema
+
+    with _reading(file):
+        return read_schema(file)
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """What the Hub's metadata, if there are any, declare of each column."""
+    try:
+        declared = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        declared = {}
+    return _by_column({name: declared.get(name) for name in schema.names})
+
+
+def _by_column(declared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: feature if isinstance(feature, dict) else {} for name, feature in declared.items()}
 
 
 def _read(folder: Path, names: Sequence[str], column: str) -> Any:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    pieces = [ParquetFile(folder / name).read(columns=[column]).column(0) for name in names]
+    pieces = []
+    for name in names:
+        with _reading(folder / name):
+            pieces.append(ParquetFile(folder / name).read(columns=[column]).column(0))
     return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], type=pieces[0].type)
 
 
-def _columns(names: Sequence[str], features: Mapping[str, Any], where: str) -> tuple[str, str]:
+def _columns(names: Sequence[str], features: Mapping[str, Mapping[str, Any]], where: str) -> tuple[str, str]:
     """Names of the image and the label column: the usual ones, else the only one of that declared type."""
     chosen = []
     for usual, kind in ((IMAGE_COLUMNS, "Image"), (LABEL_COLUMNS, "ClassLabel")):
-        declared = [name for name in names if features.get(name, {}).get("_type") == kind]
+        declared = [name for name in names if features[name].get("_type") == kind]
         found = [name for name in usual if name in names] or (declared if len(declared) == 1 else [])
         if not found:
             raise DataError(
@@ -292,7 +330,8 @@ def _known(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Label columns without those of secret labels, all -1 as in ImageNet's test split: of no use here."""
     import pyarrow.compute as pc
 
-    secret = {split for split, column in columns.items() if pc.unique(column).to_pylist() == [-1]}
+    others = (split for split in columns if split != "train")
+    secret = {split for split in others if pc.unique(columns[split]).to_pylist() == [-1]}
     return {split: column for split, column in columns.items() if split not in secret}
 
 
@@ -302,6 +341,8 @@ def _labels(
     """Classes, labels [n] of all splits and the positions of each, from one Arrow column per split."""
     values: dict[str, np.ndarray[Any, Any]] = {}
     for split, column in columns.items():
+        if not len(column):
+            raise DataError(f"{where}: expected images in {split}, got none; add images or remove the empty split")
         if column.null_count:
             raise DataError(f"{where}: expected a label for every image, got {column.null_count} empty in {split}")
         values[split] = column.to_numpy()
@@ -310,7 +351,7 @@ def _labels(
     together = np.concatenate(list(values.values()))
     starts = np.cumsum([0, *(len(part) for part in values.values())])
     parts = {split: np.arange(first, stop) for split, first, stop in zip(values, starts, starts[1:], strict=False)}
-    if declared is None:
+    if not declared:
         names = np.unique(together)
         _check_same_values(values, parts, where)
         declared = [str(name) for name in names]

@@ -1,0 +1,259 @@
+"""The command line as a user meets it: what it shows, and one clear line with exit code 2 for everything wrong."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from upop import cli
+
+QUICK = [
+    *("--model", "deit-digits", "--data", "digits", "--subset", "300"),
+    *("--epochs-dense", "1", "--epochs-search", "1", "--epochs-retrain", "1"),
+]
+
+
+@pytest.fixture
+def upop(monkeypatch, capsys, tmp_path):
+    """Runs `upop ARGUMENTS` in an empty folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["upop", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(upop, tmp_path):
+    """Runs a command that must be refused: exit code 2, one line on stderr, nothing new on the disk."""
+
+    def call(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        code, _, message = upop(*arguments)
+        assert code == 2, message
+        assert message.startswith("upop: ")
+        assert message.count("\n") == 1, message
+        assert "Traceback" not in message
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    return call
+
+
+def test_help_names_every_command_and_every_option(upop):
+    code, text, _ = upop()
+    assert code == 0
+    for command in ("prune", "analyze", "eval", "demo"):
+        assert command in text
+    _, text, _ = upop("prune", "--help")
+    for option in ("--model", "--target", "--epochs-search", "--dry-run", "--no-flip", "--gradient-order"):
+        assert option in text
+
+
+def test_version(upop):
+    import upop as package
+
+    assert upop("--version") == (0, f"upop {package.__version__}\n", "")
+
+
+def test_analyze_shows_units_costs_and_the_reachable_range(upop):
+    code, text, _ = upop("analyze", "deit-small")
+    assert code == 0
+    for fact in ("22,050,664", "21,265,920", "9,234", "769", "params=0.959", "GMACs"):
+        assert fact in text
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(upop, tmp_path):
+    code, text, _ = upop("prune", *QUICK, "--dry-run", "--out", "planned")
+    assert code == 0
+    for fact in ("parameters: 454,954 -> 227,477", "dense 2 steps", "images: digits: train 300", "lr_search = 0.01"):
+        assert fact in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_and_options_say_the_same_and_options_win(upop, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = "deit-digits"\ndata = "digits"\nsubset = 300\nseed = 3\nbatch_size = 50\n')
+    code, text, _ = upop("prune", "--config", path, "--batch-size", 100, "--dry-run")
+    assert code == 0
+    assert "seed = 3" in text
+    assert "batch_size = 100" in text
+
+
+def test_prune_ends_with_a_table_and_eval_agrees(upop, tmp_path):
+    code, text, _ = upop("prune", *QUICK, "--out", "run")
+    assert code == 0
+    for row in ("dense", "after search, masked", "slimmed", "retrained", "parameters", "milliseconds, batch 64"):
+        assert row in text
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    code, text, _ = upop("eval", "run/model", "--data", "digits")
+    assert code == 0
+    assert "parameters" in text
+    # A second run into the same folder is refused, unless told to overwrite, and never over its own model.
+    code, _, message = upop("prune", *QUICK, "--out", "run")
+    assert (code, "already holds a run" in message) == (2, True)
+    code, _, message = upop("prune", "--model", "run/dense", "--data", "digits", "--out", "run", "--overwrite")
+    assert (code, "holds the model" in message) == (2, True)
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    code, _, _ = upop("prune", *QUICK, "--stages", "dense", "--out", "run", "--overwrite")
+    assert code == 0
+    assert not (tmp_path / "run/slim").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "--data", "digits"], "model: Field required"),
+        (["prune", "--model", "deit-tiny-cifra", "--data", "digits"], "did you mean 'deit-tiny-cifar'"),
+        (["prune", "--model", "no/such/folder", "--data", "digits"], "no/such/folder"),
+        (["prune", *QUICK, "--target", "params=0.99"], "params=0.99: cannot be met; reachable here is params=0 to"),
+        (["prune", *QUICK, "--target", "parms=0.5"], "did you mean 'params'"),
+        (["prune", *QUICK, "--target", "params=half"], "expected a number after '='"),
+        (["prune", *QUICK, "--target", "params=1.5"], "0 <= x < 1, got 1.5"),
+        (["prune", *QUICK, "--lr", "-1"], "lr: .*greater than 0"),
+        (["prune", *QUICK, "--batch-size", "many"], "options: batch_size: .*integer.*got 'many'"),
+        (["prune", *QUICK, "--epoch-search", "3"], "epoch-search.*epochs-search"),
+        (["prune", *QUICK, "--tracker", "tensorbord"], "tracker 'tensorbord'"),
+        (["prune", *QUICK, "--config", "absent.toml"], "absent.toml: cannot be read"),
+        (["prune", "--model", "deit-digits", "--data", "cifar11"], "cifar11.*cifar10"),
+        (["eval", "deit-digits", "--data", "digits", "--split", "tset"], "--split: expected validation or test"),
+        (["analyse", "deit-tiny"], "analyse"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(refused, arguments, message):
+    assert re.search(message, refused(*arguments))
+
+
+def test_an_unknown_key_in_a_config_file_names_the_nearest(refused, tmp_path):
+    (tmp_path / "run.toml").write_text('model = "deit-digits"\ndata = "digits"\nepoch_search = 3\n')
+    assert "run.toml: unknown key 'epoch_search'; did you mean 'epochs_search'?" in refused(
+        "prune", "--config", "run.toml"
+    )
+
+
+def test_an_unsupported_model_names_its_modules(refused, tmp_path):
+    from transformers import BeitConfig, BeitForImageClassification
+
+    config = BeitConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    BeitForImageClassification(config).save_pretrained(tmp_path / "beit")
+    message = refused("prune", "--model", "beit", "--data", "digits")
+    assert "BeitForImageClassification: unsupported model" in message
+    assert "Linear x" in message
+    assert "Hugging Face ViT and DeiT" in message
+
+
+def test_a_head_that_does_not_fit_the_data_is_refused_or_replaced(refused, upop, tmp_path, make_model):
+    make_model("vit", labels=7).save_pretrained(tmp_path / "seven")
+    message = "its head has 7 labels, the data 10 classes"
+    assert message in refused("eval", "seven", "--data", "digits")
+    assert message in refused("prune", "--model", "seven", "--data", "digits", "--stages", "search,retrain")
+    code, _, error = upop("prune", "--model", "seven", "--data", "digits", "--dry-run")
+    assert code == 0, error
+
+
+def _image(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), (shade, 90, 255 - shade)).save(path)
+
+
+@pytest.fixture
+def images(tmp_path):
+    for kind in range(2):
+        for number in range(40):
+            _image(tmp_path / f"images/kind{kind}/{number:02}.png", 100 * kind + number)
+    return tmp_path / "images"
+
+
+def test_an_own_image_folder_is_pruned_on(upop, images):
+    options = ["--model", "deit-digits", *QUICK[6:], "--batch-size", "16"]
+    code, text, error = upop("prune", *options, "--data", images, "--out", "run")
+    assert code == 0, error
+    assert "retrained" in text
+
+
+def test_broken_images_are_named_and_skipped_only_when_asked(refused, upop, images):
+    (images / "kind0/05.png").write_bytes((images / "kind0/05.png").read_bytes()[:40])
+    arguments = ["prune", "--model", "deit-digits", "--data", images, "--batch-size", 16]
+    assert "05.png" in refused(*arguments)
+    code, _, error = upop(*arguments, "--skip-bad", "--dry-run")
+    assert code == 0, error
+
+
+def test_a_folder_without_images_is_refused(refused, tmp_path):
+    (tmp_path / "empty/cats").mkdir(parents=True)
+    assert "empty" in refused("prune", "--model", "deit-digits", "--data", tmp_path / "empty")
+
+
+def test_a_folder_with_other_files_is_not_overwritten(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    assert "holds files that no run of upop wrote" in refused("prune", *QUICK, "--out", "mine", "--overwrite")
+
+
+def test_a_file_in_place_of_the_folder_is_refused(refused, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert "taken is a file" in refused("prune", *QUICK, "--out", "taken/run")
+
+
+def test_a_full_disk_is_one_line_and_no_result(upop, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, message = upop("prune", *QUICK, "--out", "run")
+    assert code == 2
+    assert "cannot be written (No space left on device)" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_a_truncated_model_is_refused(refused, tmp_path, make_model):
+    make_model("vit").save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cut: cannot load the model folder" in refused("analyze", "cut")
+
+
+def test_a_loss_that_breaks_ends_in_one_line_with_the_step(upop, tmp_path):
+    arguments = [*QUICK, "--optimizer", "adamw", "--lr", "1e30", "--clip", "0", "--precision", "fp32", "--out", "run"]
+    code, _, message = upop("prune", *arguments)
+    assert code == 2
+    assert "at step" in message
+    assert "no epoch was complete before that" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch):
+    monkeypatch.setenv("UPOP_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["upop", "analyze", "deit-tinny"])
+    with pytest.raises(ValueError, match="did you mean 'deit-tiny'"):
+        cli.main()
+
+
+def test_the_installed_command_works_without_a_terminal(tmp_path):
+    command = [sys.executable, "-m", "upop.cli", "analyze", "deit-digits"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0
+    assert "parameters" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_demo_is_a_valid_run():
+    from upop.demo import demo_config
+
+    config = demo_config(Path("runs/demo"))
+    assert config.stages == "dense,search,retrain"
