@@ -104,7 +104,8 @@ def _prune(
     values |= {key: value for key, value in options.items() if value is not None}
     chosen = make_config(values, where=str(config) if config else "options")
     _quiet_libraries()
-    from upop.run import make_plan, prune
+    from upop.plan import make_plan
+    from upop.run import prune
 
     if dry_run:
         with out.status("loading model and data"):

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from upop.errors import ModelError
-from upop.families import find_structures
+from upop.families.hf import find_structures
 from upop.pretrained import PrunedConfig, PrunedDeiTConfig, PrunedViTConfig
-from upop.slim import cut_
+from upop.surgery import cut_
 
 
 class PrunedViTForImageClassification(ViTForImageClassification):  # type: ignore[misc]
@@ -69,12 +69,13 @@ AutoModelForImageClassification.register(
 def _narrow_(model: nn.Module, config: PrunedConfig) -> None:
     """Cut the Linears of a freshly built model to the widths of its config; works on the meta device too."""
     widths = {"attn": config.attn_widths, "mlp": config.mlp_widths}
+    structures = find_structures(model)
     keep = {}
-    for s in find_structures(model):
+    for s in structures:
         kind_widths = widths[s.kind]
         width = s.units if kind_widths is None else kind_widths[s.layer]
         keep[s.name] = torch.arange(s.units, device="cpu") < width
-    cut_(model, keep)
+    cut_(model, structures, keep)
 
 
 def adopt_(model: nn.Module) -> None:

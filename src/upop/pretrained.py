@@ -69,13 +69,6 @@ def register() -> None:
     AutoConfig.register("upop_deit", PrunedDeiTConfig, exist_ok=True)
 
 
-def adopt_(model: nn.Module) -> None:
-    """Give a freshly slimmed Hugging Face model the class and config that describe its widths. In place."""
-    from upop.modeling import adopt_ as adopt
-
-    adopt(model)
-
-
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     """Write `model` to `folder` as config.json + model.safetensors.
 

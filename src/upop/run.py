@@ -16,21 +16,19 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from upop import plots
-from upop.analysis import Analysis, analyze
 from upop.config import PruneConfig
-from upop.data import Augment, Batches, ImageData, Split, load_data
+from upop.data import Augment, Batches, ImageData, Split
 from upop.errors import TrainingError, UpopError
 from upop.families import find_structures
 from upop.folder import RunFolder, is_main_process, provenance
-from upop.models import LoadedModel, fit_head_, load_model, save_image_processor
+from upop.models import fit_head_, load_model, save_image_processor
+from upop.plan import Plan, device_type, make_accelerator, make_batches, make_plan, read_data, set_attention
 from upop.pretrained import save_pretrained
 from upop.profiling import compare_latency, count_macs, count_params
-from upop.search import Search, Target
-from upop.slim import slim
+from upop.search import Search
 from upop.train import FitOptions, Hook, NoHook, Progress, Score, evaluate, fit
 
 log = logging.getLogger(__name__)
@@ -61,132 +59,6 @@ class Nobody:
     def stage(self, name: str, about: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
     def epoch(self, number: int, accuracy: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, known before any training.
-
-    Attributes:
-        config: resolved.
-        params_after: parameters left at the target.
-        macs_before, macs_after: multiply-accumulates per image; after: if all layers shrank alike, which the search
-            decides otherwise.
-        steps: optimizer steps per stage.
-    """
-
-    config: PruneConfig
-    loaded: LoadedModel
-    data: ImageData
-    analysis: Analysis
-    target: Target
-    params_after: int
-    macs_before: int
-    macs_after: int
-    steps: Mapping[str, int]
-
-
-def make_plan(config: PruneConfig) -> Plan:
-    """Load model and data and check that the run can be done, without training or writing anything.
-
-    Raises UpopError for whatever stands in the way.
-    """
-    device = device_type(config.device)
-    target = Target.parse(config.target)
-    loaded = load_model(config.model, seed=config.seed)
-    analysis = analyze(loaded.model)
-    budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
-    data = read_data(config, loaded.image_size)
-    replace = config.has("dense") or not loaded.trained
-    fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
-    # Once more, with the head that the data needs.
-    analysis = analyze(loaded.model)
-    budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
-    config = config.resolve(trained=loaded.trained, device_type=device)
-    per_epoch = max(1, len(data.train) // config.batch_size)
-    epochs = {
-        "dense": config.epochs_dense or 0,
-        "search": config.epochs_search,
-        "retrain": config.epochs_retrain,
-    }
-    return Plan(
-        config=config,
-        loaded=loaded,
-        data=data,
-        analysis=analysis,
-        target=target,
-        params_after=analysis.params - math.ceil(budget),
-        macs_before=count_macs(loaded.model),
-        macs_after=count_macs(slim(loaded.model, _uniform_keep(analysis, budget / analysis.prunable))),
-        steps={stage: n * per_epoch for stage, n in epochs.items() if config.has(stage)},
-    )
-
-
-def read_data(config: PruneConfig, image_size: int) -> ImageData:
-    """The data of a run. The split is the same for every seed: seeds vary training, not what it is judged on."""
-    held_out = config.validation
-    return load_data(
-        config.data,
-        validation=int(held_out) if held_out is not None and held_out >= 1 else held_out,
-        seed=0,
-        skip_bad=config.skip_bad,
-        image_size=image_size,
-        subset=config.subset,
-    )
-
-
-def device_type(wanted: str) -> str:
-    """`cpu` or `cuda` for `auto`, `cpu` or `cuda`; raises UpopError for a GPU that is not there."""
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise UpopError("device: expected a CUDA GPU for device = cuda, found none; use device = cpu or auto")
-    return "cuda" if there and wanted != "cpu" else "cpu"
-
-
-def _uniform_keep(analysis: Analysis, ratio: float) -> dict[str, Tensor]:
-    return {s.name: torch.arange(s.units) < max(s.floor, round(s.units * (1 - ratio))) for s in analysis.structures}
-
-
-def make_accelerator(config: PruneConfig) -> Accelerator:
-    """Accelerate for a resolved configuration. Raises UpopError for an unknown tracker."""
-    # Accelerate keeps its settings per process; a second run may want others.
-    AcceleratorState._reset_state()
-    try:
-        return Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
-            cpu=config.device == "cpu",
-            log_with=config.tracker,
-            project_dir=config.out,
-        )
-    except (ValueError, ImportError) as error:
-        raise UpopError(f"tracker {config.tracker!r}: cannot be used ({error}); install it or leave it out") from error
-
-
-def make_batches(
-    split: Split,
-    config: PruneConfig,
-    loaded: LoadedModel,
-    accelerator: Accelerator,
-    *,
-    classes: int,
-    augment: Augment | None = None,
-) -> Batches:
-    """Batches of `split` as the model wants its images, shared out over the processes; augmented for training."""
-    return Batches(
-        split,
-        batch_size=config.batch_size,
-        size=loaded.image_size,
-        mean=loaded.mean,
-        std=loaded.std,
-        device=accelerator.device,
-        train=augment is not None,
-        augment=augment,
-        num_classes=classes,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        workers=config.workers,
-    )
 
 
 def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | None = None) -> Result:
@@ -456,11 +328,6 @@ class _Run:
         began = time.monotonic()
         yield
         self.seconds[stage] = time.monotonic() - began
-
-
-def set_attention(model: Any, kernel: str) -> None:
-    """Choose the attention kernel of a Hugging Face model; saved folders do not remember it."""
-    model.set_attn_implementation(kernel)
 
 
 def _widths(model: nn.Module) -> dict[str, list[int]]:

@@ -8,7 +8,8 @@ from PIL import Image
 
 import upop
 from upop.config import make_config
-from upop.run import make_plan, prune
+from upop.plan import make_plan
+from upop.run import prune
 
 QUICK = {
     "model": "deit-digits",

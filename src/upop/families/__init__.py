@@ -31,7 +31,14 @@ class Family:
     finish_: Callable[[nn.Module], None]
 
 
-FAMILIES: list[Family] = [Family("Hugging Face ViT and DeiT", hf.matches, hf.find_structures, hf.finish_)]
+def _adopt_hf_(model: nn.Module) -> None:
+    # On first need: transformers' model code takes two seconds to import.
+    from upop.modeling import adopt_
+
+    adopt_(model)
+
+
+FAMILIES: list[Family] = [Family("Hugging Face ViT and DeiT", hf.matches, hf.find_structures, _adopt_hf_)]
 
 
 def find_family(model: nn.Module) -> Family:

@@ -1,6 +1,6 @@
 """Hugging Face ViT and DeiT (plain, distilled, with teacher), as laid out since transformers 5.9.
 
-Describes where the structures are; transformers itself is imported only when a slimmed model is finished.
+Describes where the structures are, by the names of modules; must not import transformers.
 """
 
 import torch
@@ -75,10 +75,3 @@ def _require_zero_at_zero(activation: nn.Module, path: str) -> None:
             f"{path}: expected an activation f with f(0) = 0 (GELU, ReLU, SiLU), got {type(activation).__name__} "
             f"with f(0) = {value:g}; masked neurons would not be silent, so this MLP cannot be pruned exactly"
         )
-
-
-def finish_(model: nn.Module) -> None:
-    """Give a slimmed model the class and config that save and load its uneven widths."""
-    from upop.pretrained import adopt_
-
-    adopt_(model)

@@ -1,0 +1,78 @@
+"""Surgery: which rows and columns stay, as smaller parameters, and the sizes that go with them.
+
+Works on structures alone. `slim` decides what is copied; this module must not know model families.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from upop.structures import Structure, check_keep, linear
+
+Keep = Mapping[str, Tensor]
+
+
+def cut_(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
+    """Cut the units where `keep` is False out of `model`, in place; its class and config stay.
+
+    Raises UpopError for a `keep` that does not fit.
+    """
+    check_keep(structures, keep)
+    for path, parameters in smaller_parameters(model, structures, keep).items():
+        module = linear(model, path)
+        for name, parameter in parameters.items():
+            setattr(module, name, parameter)
+    set_sizes_(model, structures, keep)
+
+
+def smaller_parameters(
+    model: nn.Module, structures: Sequence[Structure], keep: Keep
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Path of each Linear that structures touch -> its `weight` (and `bias`) with only what stays, as copies."""
+    return {path: _sliced(linear(model, path), *stays) for path, stays in _kept(structures, keep).items()}
+
+
+def set_sizes_(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
+    """Make every number that follows a width (in_features, out_features, head_dim) say the new one."""
+    for s in structures:
+        width = int(keep[s.name].sum())
+        for attribute in s.attributes:
+            setattr(model.get_submodule(attribute.path), attribute.name, attribute.per_unit * width)
+        for port in (*s.producers, *s.consumers):
+            module = linear(model, port.path)
+            module.out_features, module.in_features = module.weight.shape
+
+
+def _kept(structures: Sequence[Structure], keep: Keep) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """Path of a Linear -> indices of (rows, columns) that stay; None = all."""
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    for s in structures:
+        for ports, found in ((s.producers, rows), (s.consumers, columns)):
+            for port in ports:
+                wanted = port.expand(keep[s.name].cpu())
+                found[port.path] = found[port.path] & wanted if port.path in found else wanted
+    return {
+        path: (
+            rows[path].nonzero().squeeze(1) if path in rows else None,
+            columns[path].nonzero().squeeze(1) if path in columns else None,
+        )
+        for path in dict.fromkeys([*rows, *columns])
+    }
+
+
+@torch.no_grad()
+def _sliced(module: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> dict[str, nn.Parameter]:
+    weight, bias = module.weight, module.bias
+    cut = weight.detach()
+    if rows is not None:
+        cut = cut[rows.to(cut.device)]
+    if columns is not None:
+        cut = cut[:, columns.to(cut.device)]
+    # clone(): where nothing is cut the result must still not share memory with the original.
+    result = {"weight": nn.Parameter(cut.clone().contiguous(), requires_grad=weight.requires_grad)}
+    if bias is not None:
+        cut = bias.detach() if rows is None else bias.detach()[rows.to(bias.device)]
+        result["bias"] = nn.Parameter(cut.clone(), requires_grad=bias.requires_grad)
+    return result
