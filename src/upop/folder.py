@@ -67,8 +67,11 @@ class RunFolder:
         if self.main:
             with disk_errors(self.path / name):
                 temporary = self.path / f".{name}.partial"
-                temporary.write_text(text, encoding="utf-8")
-                temporary.replace(self.path / name)
+                try:
+                    temporary.write_text(text, encoding="utf-8")
+                    temporary.replace(self.path / name)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
         """Write a sub-folder whole or not at all; `fill` gets the folder to fill."""
@@ -76,10 +79,13 @@ class RunFolder:
             with disk_errors(self.path / name):
                 temporary = self.path / f".{name}.partial"
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-                fill(temporary)
-                shutil.rmtree(self.path / name, ignore_errors=True)
-                temporary.rename(self.path / name)
+                try:
+                    temporary.mkdir()
+                    fill(temporary)
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                    temporary.rename(self.path / name)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
 
     def add_line(self, name: str, values: dict[str, Any]) -> None:
         """Append a JSON line."""
@@ -98,6 +104,8 @@ class RunFolder:
             yield
             return
         handler = logging.FileHandler(self.path / "log", encoding="utf-8")
+        # A full disk is reported by whoever writes results; logging would print a traceback for every line.
+        handler.handleError = lambda record: None  # type: ignore[method-assign]
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("upop")
         before = logger.level

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, DeiTConfig, ViTConfig
 
@@ -81,8 +82,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         )
     try:
         save(folder)
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot write the model ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
 
 
 def from_pretrained(folder: str | Path) -> nn.Module:

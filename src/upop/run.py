@@ -23,7 +23,7 @@ from upop.config import PruneConfig
 from upop.data import Augment, Batches, ImageData, Split
 from upop.errors import TrainingError, UpopError
 from upop.families import find_structures
-from upop.folder import RunFolder, is_main_process, provenance
+from upop.folder import RunFolder, disk_errors, is_main_process, provenance
 from upop.models import fit_head_, load_model, save_image_processor
 from upop.plan import Plan, device_type, make_accelerator, make_batches, make_plan, read_data, set_attention
 from upop.pretrained import save_pretrained
@@ -83,7 +83,8 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
         result = run.all()
         for name, draw in (("widths.png", plots.widths), ("stages.png", plots.stages)):
             if folder.main:
-                draw(result, folder.path / name)
+                with disk_errors(folder.path / name):
+                    draw(result, folder.path / name)
         # Last: a folder with a result is a run that is complete.
         folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
         folder.remove("last-good")

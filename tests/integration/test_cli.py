@@ -220,6 +220,11 @@ def test_a_full_disk_is_one_line_and_no_result(upop, tmp_path, monkeypatch):
     assert not (tmp_path / "run/result.json").exists()
 
 
+@pytest.mark.skipif(not Path("/sys").exists(), reason="needs a file system that nobody can write to")
+def test_a_folder_that_cannot_be_made_is_one_line(refused):
+    assert "/sys/run: cannot be written" in refused("prune", *QUICK, "--out", "/sys/run")
+
+
 def test_a_truncated_model_is_refused(refused, tmp_path, make_model):
     make_model("vit").save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut/model.safetensors"

@@ -633,6 +633,21 @@ def test_a_broken_file_is_named_or_skipped_on_request(tmp_path: Path, limit: int
         [images_of(split) for split in parts(load_data(str(root), memory_limit=limit)).values()]
 
 
+def test_a_subset_out_of_the_cache_skips_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder(tmp_path / "d", {"": {"a": 30, "b": 30}})
+    for number in (3, 12, 25):
+        (root / "a" / f"{number:03}.png").write_bytes(b"broken")
+    load_data(str(root), skip_bad=True)
+    calls = decodes(monkeypatch)
+    cached = [load_data(str(root), skip_bad=True, subset=8, seed=seed) for seed in range(4)]
+    assert calls == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    for seed, data in enumerate(cached):
+        fresh = load_data(str(root), skip_bad=True, subset=8, seed=seed)
+        assert (fresh.skipped, fresh.fingerprint) == (data.skipped, data.fingerprint)
+    assert len({data.skipped for data in cached}) > 1
+
+
 def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path: Path) -> None:
     cells = [{"bytes": encoded(image), "path": None} for image in pixels(20)]
     cells[11]["bytes"] = b"no image"

@@ -1,0 +1,66 @@
+"""A run's folder is written whole or not at all, and never over what is not a run."""
+
+import pytest
+
+from upop.errors import UpopError
+from upop.folder import MARK, RunFolder
+
+
+def test_a_sub_folder_appears_only_when_it_is_whole(tmp_path):
+    folder = RunFolder(tmp_path)
+
+    def fill(path):
+        (path / "first").write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UpopError, match=r"model: cannot be written \(No space left on device\)"):
+        folder.write_folder("model", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_sub_folder_stays_when_the_new_one_cannot_be_written(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_folder("model", lambda path: (path / "weights").write_text("good") and None)
+
+    def fill(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UpopError):
+        folder.write_folder("model", fill)
+    assert (tmp_path / "model/weights").read_text() == "good"
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_text("result.json", "1")
+    folder.write_text("result.json", "2")
+    assert (tmp_path / "result.json").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_only_the_main_process_writes(tmp_path):
+    folder = RunFolder(tmp_path / "run", main=False)
+    folder.check(overwrite=False)
+    folder.claim("")
+    folder.write_text("a", "")
+    folder.write_folder("b", lambda path: None)
+    folder.add_line("c", {})
+    with folder.log_file():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_claiming_empties_an_older_run_only(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim("a = 1\n")
+    folder.write_text("result.json", "{}")
+    folder.check(overwrite=True)
+    folder.claim("a = 2\n")
+    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {MARK: "a = 2\n"}
+    with pytest.raises(UpopError, match="already holds a run"):
+        folder.check(overwrite=False)
+
+
+def test_an_empty_or_new_folder_is_free(tmp_path):
+    RunFolder(tmp_path).check(overwrite=False)
+    RunFolder(tmp_path / "deep/er").check(overwrite=False)
