@@ -38,8 +38,8 @@ class PruneConfig(BaseModel):
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="adamw; from scratch: muon")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the dense stage (5e-5; from scratch 0.02)")
-    lr_search: float | None = Field(None, gt=0, description="learning rate of the search, constant (lr / 2)")
-    lr_retrain: float | None = Field(None, gt=0, description="peak learning rate of retraining (lr)")
+    lr_search: float | None = Field(None, gt=0, description="learning rate of the search, constant (half of lr_retrain)")
+    lr_retrain: float | None = Field(None, gt=0, description="peak learning rate of retraining (lr; from scratch lr / 4)")
     weight_decay: float = Field(0.05, ge=0, description="decoupled; never on norms, biases, tokens, positions")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of a stage's steps for the learning rate to rise")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
@@ -103,18 +103,21 @@ class PruneConfig(BaseModel):
     def resolve(self, *, trained: bool, device_type: str) -> "PruneConfig":
         """The same configuration with every automatic value filled in, as it is saved beside the result.
 
-        Pretrained weights get a learning rate that does not destroy them: 5e-5 for AdamW. From scratch: Muon.
+        Pretrained weights get a learning rate that does not destroy them: 5e-5 for AdamW. From scratch: Muon, at a
+        rate that the later stages, whose model is trained by then, must not keep.
         """
         optimizer = self.optimizer or ("adamw" if trained else "muon")
-        lr = self.lr or (5e-5 if trained else {"muon": 0.02, "adamw": 1e-3}[optimizer])
+        gentle = {"adamw": 5e-5, "muon": 5e-3}[optimizer]
+        lr = self.lr or (gentle if trained else {"adamw": 1e-3, "muon": 0.02}[optimizer])
+        later = lr if trained else lr / 4
         bf16 = device_type == "cuda" or _cpu_has_bf16()
         return self.model_copy(
             update={
                 "epochs_dense": self.epochs_dense or (3 if trained else 100),
                 "optimizer": optimizer,
                 "lr": lr,
-                "lr_search": self.lr_search or lr / 2,
-                "lr_retrain": self.lr_retrain or lr,
+                "lr_search": self.lr_search or later / 2,
+                "lr_retrain": self.lr_retrain or later,
                 "device": device_type,
                 "precision": ("bf16" if bf16 else "fp32") if self.precision == "auto" else self.precision,
                 "attention": ("eager" if device_type == "cpu" else "sdpa")

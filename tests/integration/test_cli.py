@@ -77,7 +77,7 @@ def test_analyze_shows_units_costs_and_the_reachable_range(upop):
 def test_dry_run_prints_the_plan_and_leaves_nothing(upop, tmp_path):
     code, text, _ = upop("prune", *QUICK, "--dry-run", "--out", "planned")
     assert code == 0
-    for fact in ("parameters: 454,954 -> 227,477", "dense 2 steps", "images: digits: train 300", "lr_search = 0.01"):
+    for fact in ("parameters: 454,954 -> 227,477", "dense 2 steps", "images: digits: train 300", "lr_search = 0.0025"):
         assert fact in text
     assert list(tmp_path.iterdir()) == []
 

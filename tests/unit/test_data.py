@@ -446,7 +446,10 @@ def test_fingerprint_follows_content(tmp_path: Path) -> None:
     assert load_data(str(folder)).fingerprint == held.fingerprint
     assert load_data(str(folder), seed=1).fingerprint != held.fingerprint
     assert load_data(str(folder), memory_limit=10).fingerprint == streamed.fingerprint
-    parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [1, 0] * 10, seed=4)
+    parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [0, 1] * 10, seed=3)  # other labels
+    assert load_data(str(folder)).fingerprint != held.fingerprint
+    assert load_data(str(folder), memory_limit=10).fingerprint != streamed.fingerprint
+    parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [1, 0] * 10, seed=4)  # other images
     assert load_data(str(folder)).fingerprint != held.fingerprint
 
 

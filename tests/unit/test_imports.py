@@ -1,6 +1,7 @@
 """Promises about the whole package: who may import whom, who prints, and the public names."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def matching(table):
 @pytest.mark.parametrize(("module", "allowed"), matching(ALLOWED))
 def test_the_library_imports_downwards_only(module, allowed):
     assert of_package(imported(tree(module).body)) <= allowed
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {
+        module: {name.removeprefix("upop.") for name in imported(tree(module).body) if name.startswith("upop.")}
+        for module in FILES
+    }
+    assert graph["search"] >= {"masks", "ranking"}
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize(("module", "forbidden"), matching(FORBIDDEN))
