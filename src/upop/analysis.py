@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from upop.families import find_family
-from upop.structures import Structure, prunable_cost, removable_cost
+from upop.structures import Structure, prunable_cost, reachable_ratio, removable_cost
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,6 @@ class Analysis:
     prunable: int
     removable: int
 
-    @property
-    def max_params_ratio(self) -> float:
-        """Largest reachable `Target(params=)`."""
-        return self.removable / self.params
-
-    @property
-    def max_prunable_ratio(self) -> float:
-        """Largest reachable `Target(prunable=)`."""
-        return self.removable / self.prunable
-
     def rows(self) -> list[tuple[str, int, str, int, int]]:
         """Per kind: (kind, layers, units per layer, cost of one unit in parameters, prunable parameters)."""
         result = []
@@ -53,8 +43,8 @@ class Analysis:
         ]
         lines += [f"{k:<6}{n:>7}{u:>15}{c:>15,}{p:>15,}" for k, n, u, c, p in self.rows()]
         lines.append(
-            f"reachable: params=0 to params={self.max_params_ratio:.3f}, "
-            f"prunable=0 to prunable={self.max_prunable_ratio:.3f}"
+            f"reachable: params=0 to params={reachable_ratio(self.structures, self.params):.4f}, "
+            f"prunable=0 to prunable={reachable_ratio(self.structures, self.prunable):.4f}"
         )
         return "\n".join(lines)
 

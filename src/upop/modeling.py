@@ -18,6 +18,7 @@ from transformers import (
 from upop.errors import ModelError
 from upop.families.hf import find_structures
 from upop.pretrained import PrunedConfig, PrunedDeiTConfig, PrunedViTConfig
+from upop.structures import widths
 from upop.surgery import cut_
 
 
@@ -68,11 +69,11 @@ AutoModelForImageClassification.register(
 
 def _narrow_(model: nn.Module, config: PrunedConfig) -> None:
     """Cut the Linears of a freshly built model to the widths of its config; works on the meta device too."""
-    widths = {"attn": config.attn_widths, "mlp": config.mlp_widths}
+    wanted = {"attn": config.attn_widths, "mlp": config.mlp_widths}
     structures = find_structures(model)
     keep = {}
     for s in structures:
-        kind_widths = widths[s.kind]
+        kind_widths = wanted[s.kind]
         width = s.units if kind_widths is None else kind_widths[s.layer]
         keep[s.name] = torch.arange(s.units, device="cpu") < width
     cut_(model, structures, keep)
@@ -84,14 +85,11 @@ def adopt_(model: nn.Module) -> None:
     Changing the class changes no computation: the Pruned classes differ in their constructor only.
     """
     config_class = PrunedViTConfig if isinstance(model, ViTForImageClassification) else PrunedDeiTConfig
-    widths: dict[str, list[int]] = {"attn": [], "mlp": []}
-    for s in find_structures(model):
-        widths[s.kind].append(s.units)
     stock: Any = model
     values = {k: v for k, v in stock.config.to_dict().items() if k not in ("model_type", "transformers_version")}
-    values |= {f"{kind}_widths": numbers for kind, numbers in widths.items()}
+    values |= {f"{kind}_widths": numbers for kind, numbers in widths(find_structures(model)).items()}
     config = config_class.from_dict(values, attn_implementation=stock.config._attn_implementation)
-    pruned = PRUNED_CLASSES.get(type(model), type(model))
+    pruned = _pruned_class(type(model))
     config.architectures = [pruned.__name__]
     for module in model.modules():
         # Blocks hold the same config object for their attention implementation.
@@ -101,6 +99,16 @@ def adopt_(model: nn.Module) -> None:
     model.__class__ = pruned
 
 
+def _pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class that a slimmed model of class `stock` saves itself as; `stock`'s own methods stay in force."""
+    if issubclass(stock, tuple(PRUNED_CLASSES.values())):
+        return stock
+    base = next(c for c in stock.__mro__ if c in PRUNED_CLASSES)
+    pruned = PRUNED_CLASSES[base]
+    # A subclass of a user's keeps its forward in memory; the folder is one of the stock class.
+    return pruned if base is stock else type(pruned.__name__, (pruned, stock), {})
+
+
 def load(source: str) -> nn.Module:
     """See `upop.from_pretrained`."""
     local = Path(source).exists()
@@ -108,7 +116,11 @@ def load(source: str) -> nn.Module:
         raise ModelError(f"{source}: expected a model folder with config.json and model.safetensors, found none")
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            source,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except ModelError:
         raise
@@ -116,7 +128,7 @@ def load(source: str) -> nn.Module:
         what = "cannot load the model folder" if local else "no such local folder, and not to be had from the Hub"
         raise ModelError(f"{source}: {what} ({_first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(str(key) for key in info.get(problem, ())):
+        if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem, ())):
             raise ModelError(
                 f"{source}: {len(found)} {problem.replace('_', ' ')}, such as {found[0]}; the weights do not belong "
                 "to config.json, or the folder is no image classifier"

@@ -80,6 +80,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         raise ModelError(
             f"{type(model).__name__}: expected a Hugging Face model (with save_pretrained), to write to {folder}"
         )
+    if Path(folder).is_file():
+        raise ModelError(f"{folder}: expected a folder to write the model to, found a file")
     try:
         save(folder)
     except (OSError, SafetensorError) as error:

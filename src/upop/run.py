@@ -29,6 +29,7 @@ from upop.plan import Plan, device_type, make_accelerator, make_batches, make_pl
 from upop.pretrained import save_pretrained
 from upop.profiling import compare_latency, count_macs, count_params
 from upop.search import Search
+from upop.structures import widths
 from upop.train import FitOptions, Hook, NoHook, Progress, Score, evaluate, fit
 
 log = logging.getLogger(__name__)
@@ -297,7 +298,7 @@ class _Run:
             "params": {"before": count_params(dense), "after": count_params(final)},
             "macs": {"before": count_macs(dense), "after": count_macs(final)},
             "latency": {batch: {k: asdict(v) for k, v in found.items()} for batch, found in latency.items()},
-            "widths": {"before": _widths(dense), "after": _widths(final)},
+            "widths": {"before": widths(find_structures(dense)), "after": widths(find_structures(final))},
         }
 
     @torch.no_grad()
@@ -329,13 +330,6 @@ class _Run:
         began = time.monotonic()
         yield
         self.seconds[stage] = time.monotonic() - began
-
-
-def _widths(model: nn.Module) -> dict[str, list[int]]:
-    widths: dict[str, list[int]] = {}
-    for s in find_structures(model):
-        widths.setdefault(s.kind, []).append(s.units)
-    return widths
 
 
 def _data_facts(data: ImageData) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from upop.masks import Masks
 from upop.ranking import select, zscore_per_kind
 from upop.schedules import SCHEDULES
 from upop.slim import slim
-from upop.structures import Structure, prunable_cost, removable_cost
+from upop.structures import Structure, prunable_cost, reachable_ratio, removable_cost
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Target:
         return value
 
     def __str__(self) -> str:
-        return f"{self.unit}={self.value:g}"
+        return f"{self.unit}={self.value}"
 
     def budget(self, structures: tuple[Structure, ...], params: int) -> float:
         """Parameters to remove from a model of `params` parameters.
@@ -85,8 +85,9 @@ class Target:
         budget = self.value * base
         if budget > most:
             raise TargetError(
-                f"target {self}: cannot be met; reachable here is {self.unit}=0 to {self.unit}={most / base:.4f} "
-                f"({most:,} of {base:,} parameters), since every layer keeps at least one unit of each kind"
+                f"target {self}: cannot be met; reachable here is {self.unit}=0 to "
+                f"{self.unit}={reachable_ratio(structures, base):.4f} ({most:,} of {base:,} parameters), "
+                "since every layer keeps at least one unit of each kind"
             )
         step = max(structures, key=lambda s: s.cost)
         if budget > 0 and step.cost > 0.01 * params:
@@ -143,6 +144,12 @@ class Search:
         self.structures = find_structures(model)
         self.target, self.steps, self.interval = target, steps, interval
         self.schedule, self.gradient_order, self.sparsity = schedule, gradient_order, dict(sparsity)
+        kinds = {s.kind for s in self.structures}
+        if unknown := sorted(set(sparsity) - kinds):
+            raise UpopError(
+                f"sparsity: expected weights for {', '.join(sorted(kinds))}, got {unknown[0]!r}"
+                + nearest(unknown[0], kinds)
+            )
         params = sum(p.numel() for p in model.parameters())
         # As a fraction of the prunable parameters, whatever the target's own unit is.
         self.target_ratio = target.budget(self.structures, params) / prunable_cost(self.structures)
@@ -176,14 +183,16 @@ class Search:
                 "Search.step(): no gradient has reached the masks since the last step; call it once after "
                 "loss.backward(), with the model in use being the one given to Search"
             )
-        self._accumulate(_sum_over_processes(gradients))
+        self._accumulate(_mean_over_processes(gradients))
         if self.steps_done % self.interval == 0 or self.steps_done == self.steps - 1:
             progress = self.steps_done / (self.steps - 1) if self.steps > 1 else 1.0
             self._decide(1.0 if progress == 1.0 else SCHEDULES[self.schedule](progress))
         self.steps_done += 1
 
     def finish(self) -> None:
-        """End the search now at the full target, with the scores gathered so far."""
+        """End the search now at the full target, with the scores gathered so far. Raises UpopError before any step."""
+        if self.steps_done == 0:
+            raise UpopError("Search.finish(): no step has been taken, so nothing is known about any unit")
         if not self.done:
             self._decide(1.0)
             self.steps_done = self.steps
@@ -241,6 +250,7 @@ class Search:
             "schedule": self.schedule,
             "interval": self.interval,
             "gradient_order": self.gradient_order,
+            "sparsity": self.sparsity,
         }
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
@@ -262,7 +272,7 @@ class Search:
         self.masks.set_({name: torch.where(k, 1.0, 1.0 - fraction) for name, k in self._keep.items()})
 
 
-def _sum_over_processes(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def _mean_over_processes(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients on the CPU, averaged over processes where there are several: masks are not known to DDP."""
     sizes = [g.numel() for g in gradients.values()]
     flat = torch.cat([g.reshape(-1) for g in gradients.values()])

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from upop.errors import ModelError, UpopError
@@ -126,17 +127,22 @@ def removable_cost(structures: Iterable[Structure]) -> int:
     return sum((s.units - s.floor) * s.cost for s in structures)
 
 
+def reachable_ratio(structures: Iterable[Structure], base: int) -> float:
+    """Largest ratio of `base` parameters that floors allow, rounded DOWN to four decimals: a target that is met."""
+    return removable_cost(structures) * 10_000 // base / 10_000
+
+
 def removed_cost(structures: Iterable[Structure], keep: Mapping[str, Tensor]) -> int:
     """Parameters that slimming by `keep` removes."""
     return sum(int((~keep[s.name]).sum()) * s.cost for s in structures)
 
 
-def kept_widths(structures: Iterable[Structure], keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Units left per kind, one number a layer."""
-    widths: dict[str, list[int]] = {}
+def widths(structures: Iterable[Structure]) -> dict[str, list[int]]:
+    """Kind -> units, one number a layer."""
+    found: dict[str, list[int]] = {}
     for s in structures:
-        widths.setdefault(s.kind, []).append(int(keep[s.name].sum()))
-    return widths
+        found.setdefault(s.kind, []).append(s.units)
+    return found
 
 
 def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> None:
@@ -149,7 +155,7 @@ def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> N
         if s.name not in keep:
             raise UpopError(f"keep: expected an entry for every structure, {s.name!r} is missing")
         value = keep[s.name]
-        if value.dtype.is_floating_point or value.shape != (s.units,) or value.dtype.itemsize != 1:
+        if value.dtype != torch.bool or value.shape != (s.units,):
             raise UpopError(
                 f"keep[{s.name!r}]: expected a bool tensor [{s.units}], got {value.dtype} {list(value.shape)}"
             )

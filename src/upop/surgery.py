@@ -70,9 +70,9 @@ def _sliced(module: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> d
         cut = cut[rows.to(cut.device)]
     if columns is not None:
         cut = cut[:, columns.to(cut.device)]
-    # clone(): where nothing is cut the result must still not share memory with the original.
-    result = {"weight": nn.Parameter(cut.clone().contiguous(), requires_grad=weight.requires_grad)}
+    result = {"weight": nn.Parameter(cut, requires_grad=weight.requires_grad)}
     if bias is not None:
-        cut = bias.detach() if rows is None else bias.detach()[rows.to(bias.device)]
-        result["bias"] = nn.Parameter(cut.clone(), requires_grad=bias.requires_grad)
+        # Indexing copies; a bias of which nothing is cut must not share memory with the original either.
+        cut = bias.detach().clone() if rows is None else bias.detach()[rows.to(bias.device)]
+        result["bias"] = nn.Parameter(cut, requires_grad=bias.requires_grad)
     return result

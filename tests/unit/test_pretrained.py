@@ -229,7 +229,7 @@ BAD = {
     "width is a fraction": (edit_config(mlp_widths=[1.5, 9]), "mlp_widths"),
     "width is a bool": (edit_config(mlp_widths=[True, 9]), "mlp_widths"),
     "widths are one number": (edit_config(mlp_widths=9), "mlp_widths"),
-    "widths of other weights": (edit_config(mlp_widths=[9, 9]), r"mlp\.fc1\.weight"),
+    "widths of other weights": (edit_config(mlp_widths=[9, 9]), r"vit\.layers\.0\.mlp\.fc1"),
     "missing tensor": (edit_weights(lambda w: w.pop(STORED_FC1_BIAS)), rf"missing.*{re.escape(FC1_BIAS)}"),
     "unexpected tensor": (edit_weights(lambda w: w.update(extra=torch.zeros(1))), "unexpected.*extra"),
     "tensor of the wrong shape": (

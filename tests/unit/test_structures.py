@@ -12,12 +12,12 @@ from upop.structures import (
     Port,
     Structure,
     check_keep,
-    kept_widths,
     linear,
     make_structure,
     prunable_cost,
     removable_cost,
     removed_cost,
+    widths,
 )
 
 SIZES = {"tiny": (192, 3, 6.008), "small": (384, 6, 12.008), "base": (768, 12, 24.008)}
@@ -112,10 +112,9 @@ def test_names_are_kind_and_layer_and_values_are_frozen():
         structure.units = 4
 
 
-def test_kept_widths_are_one_number_a_layer_per_kind():
-    structures = [Structure(kind, layer, 4, 1, (), ()) for layer in (0, 1) for kind in ("attn", "mlp")]
-    keep = {s.name: torch.arange(4) <= i for i, s in enumerate(structures)}
-    assert kept_widths(structures, keep) == {"attn": [1, 3], "mlp": [2, 4]}
+def test_widths_are_one_number_a_layer_per_kind():
+    structures = [Structure(kind, layer, 4 + layer, 1, (), ()) for layer in (0, 1) for kind in ("attn", "mlp")]
+    assert widths(structures) == {"attn": [4, 5], "mlp": [4, 5]}
 
 
 KEEP = torch.tensor([True, False, True])

@@ -28,16 +28,16 @@ def find_structures(model: nn.Module) -> tuple[Structure, ...]:
     would still contribute f(0).
     """
     prefix = str(model.base_model_prefix)
+    structures: list[Structure] = []
     try:
         layers = model.get_submodule(f"{prefix}.layers")
-    except AttributeError:
+        for layer in range(len(list(layers.children()))):
+            structures += _layer_structures(model, f"{prefix}.layers.{layer}", layer)
+    except AttributeError as error:
         raise ModelError(
-            f"{type(model).__name__}: expected its blocks at {prefix}.layers, as in transformers 5.9 and later; "
-            "upgrade transformers"
+            f"{type(model).__name__}: expected blocks at {prefix}.layers, laid out as in transformers 5.9 and later "
+            f"({error}); upgrade transformers"
         ) from None
-    structures: list[Structure] = []
-    for layer in range(len(list(layers.children()))):
-        structures += _layer_structures(model, f"{prefix}.layers.{layer}", layer)
     return tuple(structures)
 
 
