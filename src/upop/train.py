@@ -128,6 +128,7 @@ def fit(
     hook = hook or NoHook()
     set_seed(options.seed + accelerator.process_index)
     optimizers = make_optimizers(model, options)
+    own = set(vars(model))
     prepared, *ready = accelerator.prepare(model, *optimizers)
     steps = options.epochs * len(batches)
     factor = rate_factor(steps, options)
@@ -151,8 +152,9 @@ def fit(
         epoch_end(epoch + 1)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    # Accelerate's mark: copies of the model would carry it on, and saved ones must not know how they were trained.
-    vars(model).pop("_is_accelerate_prepared", None)
+    # Accelerate leaves its marks on the model; copies of it would count as prepared, and train in the wrong precision.
+    for name in set(vars(model)) - own:
+        delattr(model, name)
     model.eval()
 
 

@@ -31,13 +31,17 @@ def batches(split, **changes):
 
 
 @pytest.fixture
-def accelerator():
-    return Accelerator(cpu=True)
+def accelerator(request):
+    # Accelerate keeps its settings per process.
+    AcceleratorState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision=getattr(request, "param", "no"))
+    AcceleratorState._reset_state()
 
 
 OPTIONS = FitOptions(epochs=14, lr=2e-3)
 
 
+@pytest.mark.parametrize("accelerator", ["no", "bf16"], indirect=True)
 def test_fit_learns_and_leaves_the_model_clean(make_model, split, accelerator):
     model = make_model("vit", labels=4)
     names, before = list(model.state_dict()), dict(vars(model))
