@@ -180,8 +180,10 @@ def _backward(
             loss = classification_loss(logits, y, soft, options)
             accelerator.backward((loss + hook.penalty()) * share)
         hard = y if y.ndim == 1 else y.argmax(-1)
-        correct = (logits.detach().argmax(-1) == hard).sum()
-        sums += torch.stack([loss.detach() * len(x), correct, torch.tensor(len(x), device=x.device)])
+        # Element by element: a tensor made from Python numbers would be a copy to the device in every step.
+        sums[0] += loss.detach() * len(x)
+        sums[1] += (logits.detach().argmax(-1) == hard).sum()
+        sums[2] += len(x)
     return sums
 
 
