@@ -22,6 +22,8 @@ from upop.config import PruneConfig, load_config, make_config
 from upop.errors import UpopError
 from upop.folder import is_main_process
 
+DEMO_FOLDER = Path("runs/demo")
+
 app = typer.Typer(
     help="Make a Vision Transformer physically smaller and really faster, by UPop.",
     rich_markup_mode=None,
@@ -42,9 +44,13 @@ def main() -> None:
         # The parser knows which options come near a wrong one, but says so only in its own layout.
         near = getattr(error, "possibilities", None) or ()
         code = _fail(f"{error}" + (f"; did you mean {near[0]}?" if near else ""), error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(f"{where}{error.strerror or error}", error)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("upop: interrupted; what was written so far stays")
         code = 130
+    if code == 130:
+        err.print("upop: interrupted; what was written so far stays")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -100,9 +106,11 @@ def _prune(
 
     Example: upop prune --model facebook/deit-base-patch16-224 --data cifar10 --target params=0.5 --out runs/half
     """
-    values = load_config(config) if config else {}
-    values |= {key: value for key, value in options.items() if value is not None}
-    chosen = make_config(values, where=str(config) if config else "options")
+    given = {key: value for key, value in options.items() if value is not None}
+    if config:
+        # On its own first, so that what is wrong with the file is not blamed on the options, nor the reverse.
+        make_config({"model": "?", "data": "?"} | load_config(config), where=str(config))
+    chosen = make_config((load_config(config) if config else {}) | given)
     _quiet_libraries()
     from upop.plan import make_plan
     from upop.run import prune
@@ -146,11 +154,16 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="model folder or Hub name")],
     data: Annotated[str, typer.Option(help="as for prune")],
     split: Annotated[str, typer.Option(help="validation or test")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    validation: Annotated[str | None, typer.Option(help="as for prune")] = None,
+    subset: Annotated[str | None, typer.Option(help="as for prune")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="as for prune")] = False,
+    batch_size: Annotated[str, typer.Option(help="images at a time")] = "128",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Accuracy of a model on a data set, in float32."""
-    config = make_config({"model": model, "data": data, "batch_size": batch_size, "device": device})
+    values = {"model": model, "data": data, "batch_size": batch_size, "device": device, "skip_bad": skip_bad}
+    optional = {"validation": validation, "subset": subset}
+    config = make_config(values | {key: value for key, value in optional.items() if value is not None})
     if split not in ("validation", "test"):
         raise UpopError(f"--split: expected validation or test, got {split!r}")
     _quiet_libraries()
@@ -166,7 +179,8 @@ def evaluate(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="folder for everything that comes out")] = Path("runs/demo"),
+    folder: Annotated[Path, typer.Option("--out", help="folder for everything that comes out")] = DEMO_FOLDER,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that OUT already holds")] = False,
 ) -> None:
     """Two minutes, no network: train a small DeiT on real handwritten digits and prune it to half."""
     _quiet_libraries()
@@ -174,7 +188,7 @@ def demo(
     from upop.run import prune
 
     with _Watcher() as watcher:
-        result = prune(demo_config(folder), overwrite=True, observer=watcher)
+        result = prune(demo_config(folder), overwrite=overwrite or folder == DEMO_FOLDER, observer=watcher)
     _print_result(result, folder)
     _print_promises(result)
 
@@ -205,7 +219,7 @@ class _Watcher:
             self._bar.remove_task(self._task)
         self._name, self._began, self._shown = name, time.monotonic(), 0.0
         self._task = self._bar.add_task(name, total=None, facts="")
-        out.print(f"[bold]{name}[/bold]: {about}")
+        out.print(f"{name}: {about}", markup=False)
 
     def progress(self, progress: Any) -> None:
         self._latest = progress
@@ -278,7 +292,8 @@ def _print_result(result: Mapping[str, Any], folder: Path) -> None:
     notes = [*result["warnings"], *([f"{skipped} unreadable images were skipped, see result.json"] if skipped else [])]
     for note in notes:
         out.print(f"warning: {note}", style="yellow", markup=False)
-    out.print(f"{_clock(result['seconds']['all'])} in all; in {folder}: model/ result.json widths.png stages.png")
+    where = f"in {folder}: model/ result.json widths.png stages.png"
+    out.print(f"{_clock(result['seconds']['all'])} in all; {where}", markup=False)
 
 
 def _table(*columns: str) -> Table:
@@ -290,18 +305,23 @@ def _table(*columns: str) -> Table:
 
 def _print_promises(result: Mapping[str, Any]) -> None:
     params = result["params"]
-    speed = max(found["before"]["median_ms"] / found["after"]["median_ms"] for found in result["latency"].values())
+    speed = ", ".join(
+        f"{found['before']['median_ms'] / found['after']['median_ms']:.2f} times at batch {batch}"
+        for batch, found in result["latency"].items()
+    )
     same = "the same" if result["accuracy"]["search"] == result["accuracy"]["slim"] else "NOT the same"
     out.print(f"same outputs: masked and slimmed logits differ by at most {result['gap']:.1e}; accuracy is {same}")
     out.print(f"smaller: {100 * (1 - params['after'] / params['before']):.1f} % of the parameters are gone")
-    out.print(f"faster: {speed:.2f} times, measured side by side")
+    out.print(f"faster: {speed}, measured side by side")
 
 
 def _quiet_libraries() -> None:
     """Keep other libraries' bars and notices off the terminal; warnings of ours stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     from datasets.utils.logging import disable_progress_bar, set_verbosity_error

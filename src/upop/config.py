@@ -38,7 +38,9 @@ class PruneConfig(BaseModel):
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="adamw; from scratch: muon")
     lr: float | None = Field(None, gt=0, description="peak rate of the dense stage (5e-5; from scratch 0.02)")
-    lr_search: float | None = Field(None, gt=0, description="constant rate of the search (half of lr_retrain)")
+    lr_search: float | None = Field(
+        None, gt=0, description="rate of the search, constant after warm-up (half of lr_retrain)"
+    )
     lr_retrain: float | None = Field(None, gt=0, description="peak rate of retraining (lr; from scratch lr / 4)")
     weight_decay: float = Field(0.05, ge=0, description="decoupled; never on norms, biases, tokens, positions")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of a stage's steps for the learning rate to rise")
@@ -56,13 +58,15 @@ class PruneConfig(BaseModel):
     sparsity_mlp: float = Field(2e-4, ge=0, description="weight of sum |mask| over hidden neurons")
 
     flip: bool = Field(True, description="random horizontal flip")
-    crop: int = Field(4, ge=0, description="random crop after padding by this many pixels per 32")
+    crop: int = Field(4, ge=0, le=31, description="random crop after padding by this many pixels per 32")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0 = off")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 = off")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
     color: float = Field(0.0, ge=0, le=1, description="strength of colour jitter")
 
-    validation: float | None = Field(None, gt=0, description="images (> 1) or share (< 1) of train held out (0.1)")
+    validation: float | None = Field(
+        None, gt=0, description="images (> 1) or share (< 1) of train held out (0.1; digits 0.15)"
+    )
     subset: int | None = Field(None, ge=1, description="use only so many images of each split, for a quick trial")
     skip_bad: bool = Field(False, description="skip unreadable images (they are listed) instead of stopping")
     seed: int = Field(0, ge=0, description="of everything random")
@@ -82,6 +86,18 @@ class PruneConfig(BaseModel):
             if part not in STAGES:
                 raise ValueError(f"expected some of {', '.join(STAGES)}, got {part!r}{nearest(part, STAGES)}")
         return ",".join(stage for stage in STAGES if stage in wanted)
+
+    @field_validator("model", "data", "out")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
+    @field_validator("validation")
+    @classmethod
+    def _whole_images(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError(f"expected a share below 1 or a whole number of images, got {value}")
+        return value
 
     @field_validator("schedule")
     @classmethod
@@ -109,15 +125,15 @@ class PruneConfig(BaseModel):
         optimizer = self.optimizer or ("adamw" if trained else "muon")
         gentle = {"adamw": 5e-5, "muon": 5e-3}[optimizer]
         lr = self.lr or (gentle if trained else {"adamw": 1e-3, "muon": 0.02}[optimizer])
-        later = lr if trained else lr / 4
-        bf16 = device_type == "cuda" or _cpu_has_bf16()
+        lr_retrain = self.lr_retrain or (lr if trained else lr / 4)
+        bf16 = _has_bf16(device_type)
         return self.model_copy(
             update={
                 "epochs_dense": self.epochs_dense or (3 if trained else 100),
                 "optimizer": optimizer,
                 "lr": lr,
-                "lr_search": self.lr_search or later / 2,
-                "lr_retrain": self.lr_retrain or later,
+                "lr_search": self.lr_search or lr_retrain / 2,
+                "lr_retrain": lr_retrain,
                 "device": device_type,
                 "precision": ("bf16" if bf16 else "fp32") if self.precision == "auto" else self.precision,
                 "attention": ("eager" if device_type == "cpu" else "sdpa")
@@ -158,8 +174,10 @@ def load_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _cpu_has_bf16() -> bool:
+def _has_bf16(device_type: str) -> bool:
+    """Whether the hardware computes in bfloat16 itself; where it is emulated, autocast is slower than float32."""
     import torch
 
-    # Without bf16 instructions, autocast on a CPU is slower than float32.
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ import torch
 
 from upop.errors import UpopError
 
-# What a run leaves; `config.toml` marks a folder as one.
-MARK = "config.toml"
+MARK = ".upop-run"  # says that a run of upop made the folder
+FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "widths.png", "stages.png")
+# `upop` holds what some trackers write.
+FOLDERS = ("dense", "slim", "model", "last-good", "upop")
 
 
 def is_main_process() -> bool:
@@ -48,8 +51,11 @@ class RunFolder:
             raise UpopError(f"out {self.path}: cannot be written, no permission for {parent}; choose another folder")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not (self.path / MARK).exists():
-            raise UpopError(f"out {self.path}: holds files that no run of upop wrote; choose a new or empty folder")
+        known = {MARK, *FILES, *FOLDERS}
+        foreign = [p.name for p in self.path.iterdir() if p.name not in known and not p.name.endswith(".partial")]
+        if foreign or not (self.path / MARK).exists():
+            what = sorted(foreign)[0] if foreign else "files"
+            raise UpopError(f"out {self.path}: holds {what}, which no run of upop wrote; choose a new or empty folder")
         if not overwrite:
             raise UpopError(f"out {self.path}: already holds a run; choose another folder, or say --overwrite")
 
@@ -57,10 +63,14 @@ class RunFolder:
         """Make the folder, empty of any older run, and save the resolved configuration."""
         if self.main:
             with disk_errors(self.path):
-                if (self.path / MARK).exists():
-                    shutil.rmtree(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
-                self.write_text(MARK, config)
+                # Only what a run leaves, by name: whatever else lies here is not ours to delete.
+                for name in FILES:
+                    (self.path / name).unlink(missing_ok=True)
+                for name in FOLDERS:
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                self.write_text(MARK, "A run of upop; `upop prune --overwrite` may replace what it wrote here.\n")
+                self.write_text("config.toml", config)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
@@ -77,15 +87,19 @@ class RunFolder:
         """Write a sub-folder whole or not at all; `fill` gets the folder to fill."""
         if self.main:
             with disk_errors(self.path / name):
-                temporary = self.path / f".{name}.partial"
+                temporary, older = self.path / f".{name}.partial", self.path / f".{name}.older.partial"
                 shutil.rmtree(temporary, ignore_errors=True)
                 try:
                     temporary.mkdir()
                     fill(temporary)
-                    shutil.rmtree(self.path / name, ignore_errors=True)
+                    # Aside first: a kill between the two renames must not lose both.
+                    if (self.path / name).exists():
+                        shutil.rmtree(older, ignore_errors=True)
+                        (self.path / name).rename(older)
                     temporary.rename(self.path / name)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
+                    shutil.rmtree(older, ignore_errors=True)
 
     def add_line(self, name: str, values: dict[str, Any]) -> None:
         """Append a JSON line."""
@@ -103,7 +117,8 @@ class RunFolder:
         if not self.main:
             yield
             return
-        handler = logging.FileHandler(self.path / "log", encoding="utf-8")
+        with disk_errors(self.path / "log"):
+            handler = logging.FileHandler(self.path / "log", encoding="utf-8")
         # A full disk is reported by whoever writes results; logging would print a traceback for every line.
         handler.handleError = lambda record: None  # type: ignore[method-assign]
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -133,9 +148,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Command, versions and hardware behind a result."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    commit = _git("rev-parse", "HEAD")
     packages = ("upop", "torch", "transformers", "accelerate", "numpy")
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Of the source tree that upop runs from; none when it is installed as a package.
+        "commit": f"{commit}{'-dirty' if _git('status', '--porcelain', '-uno') else ''}" if commit else None,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
@@ -147,6 +166,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "system": platform.system(),
         },
     }
+
+
+def _git(*arguments: str) -> str:
+    source = Path(__file__).parent
+    if not (source.parents[1] / ".git").exists():
+        return ""
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(source), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def _processor() -> str:

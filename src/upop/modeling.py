@@ -109,8 +109,8 @@ def _pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
     return pruned if base is stock else type(pruned.__name__, (pruned, stock), {})
 
 
-def load(source: str) -> nn.Module:
-    """See `upop.from_pretrained`."""
+def load(source: str, *, new_head: bool = False) -> nn.Module:
+    """See `upop.from_pretrained`; with `new_head` the folder may lack the classifier, or bring a pooler instead."""
     local = Path(source).exists()
     if local and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source}: expected a model folder with config.json and model.safetensors, found none")
@@ -128,7 +128,8 @@ def load(source: str) -> nn.Module:
         what = "cannot load the model folder" if local else "no such local folder, and not to be had from the Hub"
         raise ModelError(f"{source}: {what} ({_first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem, ())):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem, ()))
+        if found := [name for name in names if not (new_head and ("classifier" in name or "pooler" in name))]:
             raise ModelError(
                 f"{source}: {len(found)} {problem.replace('_', ' ')}, such as {found[0]}; the weights do not belong "
                 "to config.json, or the folder is no image classifier"

@@ -16,6 +16,8 @@ from upop.errors import ModelError, nearest
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+PROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,30 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     trained: bool  # False: random weights
+    notes: tuple[str, ...] = ()  # what was assumed and a reader of the results should know
 
 
-def load_model(name: str, *, seed: int = 0) -> LoadedModel:
-    """The model called `name`, as it is, on the CPU, in eval mode; built-in shapes get random weights from `seed`.
+def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedModel:
+    """The model called `name`, on the CPU, in float32, in eval mode; built-in shapes get random weights from `seed`.
 
+    With `new_head` a backbone without a classification head will do: it gets a fresh one.
     Raises ModelError for names that are neither shape, folder nor Hub name, and for folders that do not load.
     """
     if name in SHAPES and not Path(name).exists():
         shape = SHAPES[name]
         torch.manual_seed(seed)
         return LoadedModel(_build(shape), shape.image_size, shape.mean, shape.std, trained=False)
-    from upop.pretrained import from_pretrained
+    from upop.modeling import load
 
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ModelError(
             f"model {name!r}: expected a built-in shape ({', '.join(SHAPES)}), a folder with config.json, or a Hub "
             f"name such as facebook/deit-base-patch16-224{nearest(name, SHAPES)}"
         )
-    model = from_pretrained(name)
-    size, mean, std = _image_settings(name, model)
-    return LoadedModel(model, size, mean, std, trained=True)
+    # Master weights: a folder saved in bfloat16 would otherwise be trained, and judged, in it.
+    model = load(name, new_head=new_head).float()
+    size, mean, std, notes = _image_settings(name, model)
+    return LoadedModel(model, size, mean, std, trained=True, notes=notes)
 
 
 def _build(shape: Shape) -> nn.Module:
@@ -93,9 +98,16 @@ def _build(shape: Shape) -> nn.Module:
 def fit_head_(model: nn.Module, classes: tuple[str, ...], *, name: str, replace: bool, seed: int = 0) -> None:
     """Give `model` the data's class names and, where its number of labels differs, a fresh head. In place.
 
+    A head with the same names in another order is brought into the data's order.
     Raises ModelError where the head does not fit and may not be replaced.
     """
     stock: Any = model
+    heads = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)]
+    own = [stock.config.id2label.get(index) for index in range(int(stock.config.num_labels))]
+    if own != list(classes) and set(own) == set(classes):
+        order = torch.tensor([own.index(label) for label in classes])
+        for parameter in (p for head in heads for p in getattr(model, head).parameters()):
+            parameter.data = parameter.data[order]
     labels = int(stock.config.num_labels)
     if labels != len(classes) and not replace:
         raise ModelError(
@@ -104,35 +116,51 @@ def fit_head_(model: nn.Module, classes: tuple[str, ...], *, name: str, replace:
         )
     if labels != len(classes):
         generator = torch.Generator().manual_seed(seed)
-        for head in ("classifier", "cls_classifier", "distillation_classifier"):
-            old = getattr(model, head, None)
-            if isinstance(old, nn.Linear):
-                new = nn.Linear(old.in_features, len(classes))
-                nn.init.trunc_normal_(new.weight, std=0.02, generator=generator)
-                nn.init.zeros_(new.bias)
-                setattr(model, head, new)
+        for head in heads:
+            new = nn.Linear(getattr(model, head).in_features, len(classes))
+            nn.init.trunc_normal_(new.weight, std=0.02, generator=generator)
+            nn.init.zeros_(new.bias)
+            setattr(model, head, new)
     stock.config.id2label = dict(enumerate(classes))
     stock.config.label2id = {label: index for index, label in enumerate(classes)}
     stock.num_labels = len(classes)
 
 
-def _image_settings(name: str, model: Any) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Image size from the config, mean and std from the folder's image processor or, without one, the model type's."""
+def _image_settings(name: str, model: Any) -> tuple[int, tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+    """Image size of the config; mean and std of the image processor or, without one, the model type's, with a note.
+
+    Raises ModelError for models of other than square RGB images, and for a processor that cannot be read.
+    """
     size = model.config.image_size
-    size = size if isinstance(size, int) else size[0]
+    size = size if isinstance(size, int) else size[0] if len(set(size)) == 1 else None
+    if size is None or model.config.num_channels != 3:
+        raise ModelError(
+            f"{name}: expected a model of square RGB images, got image_size {model.config.image_size} and "
+            f"{model.config.num_channels} channel(s)"
+        )
     from transformers import ImageProcessingMixin
 
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if (Path(name) / PROCESSOR).exists():
+            raise ModelError(f"{name}/{PROCESSOR}: cannot be read ({str(error).splitlines()[0]})") from error
         values = {}
     mean, std = values.get("image_mean"), values.get("image_std")
+    notes: tuple[str, ...] = ()
     if mean is None or std is None:
-        deit = "deit" in model.config.model_type
+        deit = "deit" in f"{model.config.model_type} {name}".lower()
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if deit else (HALF, HALF)
-    if not all(len(v) == 3 and all(math.isfinite(x) for x in v) for v in (mean, std)) or min(std) <= 0:
-        raise ModelError(f"{name}/preprocessor_config.json: expected 3 means and 3 deviations > 0, got {mean}, {std}")
-    return size, tuple(mean), tuple(std)
+        notes = (f"{name}: no {PROCESSOR} says how images are normalised; assumed mean {mean}, std {std}",)
+    if not (_is_three_numbers(mean) and _is_three_numbers(std) and min(std) > 0):
+        raise ModelError(f"{name}/{PROCESSOR}: expected 3 means and 3 deviations > 0, got {mean}, {std}")
+    return size, tuple(mean), tuple(std), notes
+
+
+def _is_three_numbers(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    return all(isinstance(x, int | float) and math.isfinite(x) for x in value)
 
 
 def save_image_processor(folder: Path, loaded: LoadedModel) -> None:

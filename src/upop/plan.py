@@ -53,13 +53,11 @@ def make_plan(config: PruneConfig) -> Plan:
     """
     device = device_type(config.device)
     target = Target.parse(config.target)
-    loaded = load_model(config.model, seed=config.seed)
-    analysis = analyze(loaded.model)
-    budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
+    loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
+    analyze(loaded.model)  # refuses an unsupported model before any data is read
     data = read_data(config, loaded.image_size)
     replace = config.has("dense") or not loaded.trained
     fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
-    # Once more, with the head that the data needs.
     analysis = analyze(loaded.model)
     budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
     config = config.resolve(trained=loaded.trained, device_type=device)
@@ -119,7 +117,8 @@ def make_accelerator(config: PruneConfig) -> Accelerator:
             project_dir=config.out,
         )
     except (ValueError, ImportError) as error:
-        raise UpopError(f"tracker {config.tracker!r}: cannot be used ({error}); install it or leave it out") from error
+        what = f"tracker {config.tracker!r}: cannot be used" if config.tracker else "Accelerate cannot be set up"
+        raise UpopError(f"{what} ({error}); install it or leave it out") from error
 
 
 def make_batches(

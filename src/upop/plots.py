@@ -41,7 +41,8 @@ def widths(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks(range(layers), [str(n) for n in range(layers)])
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("layer")
-    figure.suptitle(f"What survives at {result['config']['target']} removed (numbers: units left)", fontsize=11)
+    removed = 100 * (1 - result["params"]["after"] / result["params"]["before"])
+    figure.suptitle(f"What survives with {removed:.0f} % of the parameters removed (numbers: units left)", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

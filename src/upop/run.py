@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from upop import plots
-from upop.config import PruneConfig
+from upop.config import STAGES, PruneConfig
 from upop.data import Augment, Batches, ImageData, Split
 from upop.errors import TrainingError, UpopError
 from upop.families import find_structures
@@ -69,29 +69,32 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
     off: the weights of the last good epoch are then in `<out>/last-good`.
     """
     RunFolder(Path(config.out), main=is_main_process()).check(overwrite=overwrite)
-    if Path(config.out).resolve() in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
-        raise UpopError(f"out {config.out}: holds the model {config.model} itself; choose another folder")
+    _refuse_own_sources(config)
     plan = make_plan(config)
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
+    run = _Run(plan, folder, accelerator, observer or Nobody())
+    run.training_batches(0)  # refuses what cannot be batched before the folder is touched
     folder.claim(plan.config.to_toml())
     accelerator.wait_for_everyone()
-    run = _Run(plan, folder, accelerator, observer or Nobody())
     with folder.log_file():
         log.info("%s on %s, %s: steps %s", config.model, config.data, config.target, dict(plan.steps))
-        if config.tracker:
-            accelerator.init_trackers("upop", config=plan.config.model_dump())
-        result = run.all()
-        for name, draw in (("widths.png", plots.widths), ("stages.png", plots.stages)):
-            if folder.main:
-                with disk_errors(folder.path / name):
-                    draw(result, folder.path / name)
-        # Last: a folder with a result is a run that is complete.
-        folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
-        folder.remove("last-good")
-        accelerator.end_training()
+        try:
+            result = run.all()
+        except BaseException as error:
+            log.error("stopped: %s: %s", type(error).__name__, error)
+            raise
         log.info("done in %.0f s", result["seconds"]["all"])
     return result
+
+
+def _refuse_own_sources(config: PruneConfig) -> None:
+    """A run must not overwrite the folder that it reads its model or its data from."""
+    out = Path(config.out).resolve()
+    for source in (config.model, config.data):
+        path = Path(source).resolve()
+        if path.exists() and out in (path, *path.parents):
+            raise UpopError(f"out {config.out}: holds {source}, which this run reads; choose another folder")
 
 
 class _SearchHook:
@@ -121,13 +124,24 @@ class _Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def all(self) -> Result:
+        """Train, measure and write; result.json comes last: a folder that has one is a run that is complete."""
         began = time.monotonic()
+        if self.plan.config.tracker:
+            self.accelerator.init_trackers("upop", config=self.plan.config.model_dump())
         models = self.train()
         final = list(models.values())[-1]
         self.save(final, "model")
         result = self.measure(models, final)
         self.seconds["all"] = time.monotonic() - began
-        return result | {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
+        result |= {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
+        for name, draw in (("widths.png", plots.widths), ("stages.png", plots.stages)):
+            if self.folder.main:
+                with disk_errors(self.folder.path / name):
+                    draw(result, self.folder.path / name)
+        self.folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
+        self.folder.remove("last-good")
+        self.accelerator.end_training()
+        return result
 
     def train(self) -> dict[str, nn.Module]:
         """Run the configured stages; the models as they are after each, on the device."""
@@ -222,18 +236,17 @@ class _Run:
             self.metrics(stage, last[0], validation_accuracy=score.accuracy, validation_loss=score.loss)
             self.observer.epoch(number, score.accuracy)
             log.info("%s: epoch %d of %d, validation accuracy %.4f", stage, number, epochs, score.accuracy)
-            self.save(model, "last-good")
+            # During the search the weights mean nothing without their masks: what was good is the dense model.
+            if stage != "search":
+                self.save(model, "last-good")
 
         if c.compile:
             model.compile()
         with self.timed(stage):
-            train = self.batches(
-                self.plan.data.train, augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color)
-            )
             try:
                 fit(
                     model,
-                    train,
+                    self.training_batches(STAGES.index(stage)),
                     options,
                     accelerator=self.accelerator,
                     hook=hook,
@@ -243,11 +256,18 @@ class _Run:
                 )
             except TrainingError as error:
                 raise TrainingError(f"{stage}: {error}; {self.last_good()}") from error
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"{stage}: out of memory on {self.accelerator.device}; use --accumulate {2 * c.accumulate} "
+                    f"(smaller micro-batches, the same steps); {self.last_good()}"
+                ) from error
 
     def last_good(self) -> str:
         """Where the weights of the last complete epoch are."""
-        path = self.folder.path / "last-good"
-        return f"the last good weights are in {path}" if path.exists() else "no epoch was complete before that"
+        for name in ("last-good", "dense"):
+            if (self.folder.path / name).exists():
+                return f"the last good weights are in {self.folder.path / name}"
+        return "no epoch was complete before that"
 
     def metrics(self, stage: str, progress: Progress, **more: float) -> None:
         """A line of metrics.jsonl and, where there is one, the tracker's."""
@@ -261,7 +281,10 @@ class _Run:
         }
         where = {"stage": stage, "epoch": progress.epoch, "step": progress.step}
         self.folder.add_line("metrics.jsonl", where | {k: round(v, 6) for k, v in values.items()})
-        self.accelerator.log({f"{stage}/{k}": v for k, v in values.items()}, step=progress.step)
+        # Trackers want steps that only grow.
+        earlier = list(self.plan.steps)[: list(self.plan.steps).index(stage)]
+        step = progress.step + sum(self.plan.steps[name] for name in earlier)
+        self.accelerator.log({f"{stage}/{k}": v for k, v in values.items()}, step=step)
 
     def measure(self, models: dict[str, nn.Module], final: nn.Module) -> Result:
         """Everything that result.json says but the seconds. Reads the test split, once."""
@@ -274,9 +297,11 @@ class _Run:
             scores = {n: evaluate(models, self.batches(s), accelerator=self.accelerator) for n, s in splits.items()}
             gap = self.gap(models)
         with self.timed("latency"):
+            # Copies: a copy is not compiled, so that both are timed alike.
+            pair = {"before": copy.deepcopy(dense), "after": copy.deepcopy(final)}
             latency = {
                 str(batch): compare_latency(
-                    {"before": dense, "after": final},
+                    pair,
                     batch=batch,
                     image_size=plan.loaded.image_size,
                     device=self.accelerator.device,
@@ -288,10 +313,11 @@ class _Run:
         return {
             "schema": SCHEMA,
             "status": "complete",
-            "warnings": _warnings(accuracy, len(plan.data.classes)),
+            "warnings": [*plan.loaded.notes, *_warnings(accuracy, plan.data.validation.labels)],
             **provenance(self.accelerator.device),
             "config": plan.config.model_dump(),
             "data": _data_facts(plan.data),
+            "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
             "accuracy": accuracy,
             "loss": {stage: {split: found[stage].loss for split, found in scores.items()} for stage in models},
             "gap": gap,
@@ -310,10 +336,20 @@ class _Run:
         outputs: list[Any] = [models[name](pixel_values=images) for name in ("search", "slim")]
         return float((outputs[0].logits - outputs[1].logits).abs().max())
 
-    def batches(self, split: Split, augment: Augment | None = None) -> Batches:
+    def batches(self, split: Split) -> Batches:
         plan = self.plan
+        return make_batches(split, plan.config, plan.loaded, self.accelerator, classes=len(plan.data.classes))
+
+    def training_batches(self, stage: int) -> Batches:
+        """Each stage draws its own order and augmentations: else every stage would begin with the same batches."""
+        plan, c = self.plan, self.plan.config
         return make_batches(
-            split, plan.config, plan.loaded, self.accelerator, classes=len(plan.data.classes), augment=augment
+            plan.data.train,
+            c.model_copy(update={"seed": c.seed + 1_000_003 * stage}),
+            plan.loaded,
+            self.accelerator,
+            classes=len(plan.data.classes),
+            augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color),
         )
 
     def save(self, model: nn.Module, name: str) -> None:
@@ -343,14 +379,15 @@ def _data_facts(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _warnings(accuracy: Mapping[str, Mapping[str, float]], classes: int) -> list[str]:
-    """What a reader of the numbers must know first: models that do no better than guessing."""
-    chance = 1 / classes
+def _warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor) -> list[str]:
+    """What a reader of the numbers must know first: models that do no better than guessing the largest class."""
+    chance = float(labels.bincount().max() / len(labels))
+    limit = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
     return [
         f"{stage}: validation accuracy {found['validation']:.3f} is at chance ({chance:.3f}); "
-        + ("the dense model was not trained" if stage == "dense" else "the model has collapsed: prune less or longer")
+        + ("the dense model is not trained" if stage == "dense" else "the model has collapsed: prune less or longer")
         for stage, found in accuracy.items()
-        if found["validation"] < 1.5 * chance
+        if found["validation"] < limit
     ]
 
 

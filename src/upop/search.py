@@ -255,7 +255,7 @@ class Search:
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
         if not all(bool(g.isfinite().all()) for g in gradients.values()):
-            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite at step {self.steps_done}")
+            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite at step {self.steps_done + 1}")
         if self.gradient_order == "paper":
             gradients = zscore_per_kind(self.structures, gradients)
         for name, value in gradients.items():

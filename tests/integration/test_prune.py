@@ -35,6 +35,7 @@ def test_the_folder_holds_all_that_was_promised_and_nothing_half_written(run):
         "model",
         "dense",
         "slim",
+        ".upop-run",
         "result.json",
         "config.toml",
         "metrics.jsonl",

@@ -54,11 +54,27 @@ def test_claiming_empties_an_older_run_only(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.claim("a = 1\n")
     folder.write_text("result.json", "{}")
+    folder.write_folder("model", lambda path: None)
     folder.check(overwrite=True)
     folder.claim("a = 2\n")
-    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {MARK: "a = 2\n"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {MARK, "config.toml"}
+    assert (tmp_path / "run/config.toml").read_text() == "a = 2\n"
     with pytest.raises(UpopError, match="already holds a run"):
         folder.check(overwrite=False)
+
+
+def test_a_folder_of_someone_else_is_never_touched_whatever_its_files_are_called(tmp_path):
+    (tmp_path / "config.toml").write_text("title = 'my site'")
+    with pytest.raises(UpopError, match="no run of upop wrote"):
+        RunFolder(tmp_path).check(overwrite=True)
+
+
+def test_what_was_put_beside_a_run_is_not_deleted_with_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim("")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UpopError, match=r"holds thesis\.txt, which no run of upop wrote"):
+        folder.check(overwrite=True)
 
 
 def test_an_empty_or_new_folder_is_free(tmp_path):

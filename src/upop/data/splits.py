@@ -61,6 +61,11 @@ class ImageData:
 
 def check_classes(labels: Ints, parts: dict[str, Ints], classes: Sequence[str], where: str) -> None:
     """No part is empty, every class has an image in train, and no other part a class that train lacks."""
+    if len(classes) < 2:
+        raise DataError(
+            f"{where}: expected 2 classes or more, got {len(classes)} ({', '.join(classes)}); "
+            "is this the folder above the data set?"
+        )
     present = {part: set(np.unique(labels[index]).tolist()) for part, index in parts.items()}
     for part, found in present.items():
         if not found:

@@ -1,0 +1,72 @@
+"""Models come ready for the data: in float32, with its classes in its order, and with known image statistics."""
+
+import json
+
+import pytest
+import torch
+
+from upop.errors import ModelError
+from upop.models import CIFAR_MEAN, fit_head_, load_model
+
+
+def test_built_in_shapes_are_the_same_for_the_same_seed():
+    first, second, other = (load_model("deit-digits", seed=seed).model for seed in (0, 0, 1))
+    pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert not all(torch.equal(a, c) for a, _, c in pairs)
+    assert load_model("deit-tiny-cifar").mean == CIFAR_MEAN
+
+
+def test_a_folder_saved_in_bfloat16_is_trained_and_judged_in_float32(make_model, tmp_path):
+    make_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_model(str(tmp_path)).model.parameters()} == {torch.float32}
+
+
+def test_the_same_classes_in_another_order_give_the_same_answers_by_name(make_model):
+    model = make_model("teacher", labels=3)
+    model.config.id2label = {0: "dog", 1: "cat", 2: "ant"}
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(pixel_values=x).logits
+        fit_head_(model, ("ant", "cat", "dog"), name="mine", replace=False)
+        after = model(pixel_values=x).logits
+    assert torch.allclose(after, before[:, [2, 1, 0]], atol=1e-6)
+    assert model.config.label2id == {"ant": 0, "cat": 1, "dog": 2}
+
+
+def test_a_head_of_another_size_is_refused_or_replaced(make_model):
+    with pytest.raises(ModelError, match="mine: its head has 10 labels, the data 4 classes"):
+        fit_head_(make_model(), tuple("abcd"), name="mine", replace=False)
+    model = make_model("teacher")
+    fit_head_(model, tuple("abcd"), name="mine", replace=True)
+    assert model(pixel_values=torch.randn(2, 3, 32, 32)).logits.shape == (2, 4)
+
+
+def test_image_statistics_that_nobody_states_are_assumed_aloud(make_model, tmp_path):
+    make_model("vit").save_pretrained(tmp_path / "plain")
+    loaded = load_model(str(tmp_path / "plain"))
+    assert loaded.mean == (0.5, 0.5, 0.5)
+    assert "assumed mean" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"image_mean": 0.5, "image_std": 0.5})])
+def test_image_statistics_that_make_no_sense_are_refused(make_model, tmp_path, content):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json: (cannot be read|expected 3 means)"):
+        load_model(str(tmp_path))
+
+
+def test_a_backbone_without_a_head_will_do_where_a_new_head_is_trained(make_model, tmp_path):
+    make_model().vit.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="missing keys"):
+        load_model(str(tmp_path))
+    model = load_model(str(tmp_path), new_head=True).model
+    fit_head_(model, tuple("abcd"), name="mine", replace=True)
+    assert model(pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 4)
+
+
+def test_models_of_grey_images_are_refused(make_model, tmp_path):
+    make_model(num_channels=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"square RGB images, got image_size 32 and 1 channel"):
+        load_model(str(tmp_path))
