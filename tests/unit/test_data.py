@@ -349,12 +349,15 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path: Path) -> None:
     Image.fromarray(colour).convert("CMYK").save(root / "7.tif")
     for number in range(8, 12):
         Image.fromarray(colour).save(root / f"{number}.bmp")
+    (tmp_path / "d" / "b").mkdir()
+    for number in range(12):
+        Image.fromarray(colour).save(tmp_path / "d" / "b" / f"{number}.bmp")
     data = load_data(str(root.parent), seed=1)
     found = sum((content(split) for split in parts(data).values()), Counter())
     gray3 = np.repeat(grey[..., None], 3, axis=2)
     palette_rgb = np.asarray(palette.convert("RGB"))
     wanted = [colour, gray3, colour, gray3, palette_rgb, gray3, colour, colour, *[colour] * 4]
-    assert found == expected(np.stack(wanted), [0] * 12)
+    assert found == expected(np.stack([*wanted, *[colour] * 12]), [0] * 12 + [1] * 12)
 
 
 # Sizes, memory, streams
@@ -664,10 +667,16 @@ def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path: Path) -> None:
 
 
 def test_a_split_of_broken_files_alone_is_an_error(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "d", {"train": {"a": 10}, "test": {"a": 1}})
+    root = image_folder(tmp_path / "d", {"train": {"a": 10, "b": 10}, "test": {"a": 1}})
     (root / "test" / "a" / "000.png").write_bytes(b"")
     with pytest.raises(DataError, match="d without its broken files: expected images in test, got none; add"):
         load_data(str(root), skip_bad=True)
+
+
+def test_one_class_alone_is_refused(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "d", {"": {"a": 20}})
+    with pytest.raises(DataError, match=r"expected 2 classes or more, got 1 \(a\)"):
+        load_data(str(root))
 
 
 def test_a_link_to_nowhere_is_a_broken_file(tmp_path: Path) -> None:

@@ -503,7 +503,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_not_counted(make_model, ba
     before = search.state_dict()
     broken = {name: g.clone() for name, g in gradients.items()}
     broken["mlp.1"][3] = bad
-    with pytest.raises(TrainingError, match="a mask gradient is NaN or infinite at step 1"):
+    with pytest.raises(TrainingError, match="a mask gradient is NaN or infinite at step 2"):
         feed(search, broken)
     after = search.state_dict()
     assert all(equal(before[key], after[key]) for key in ("keep", "scores", "masks"))
