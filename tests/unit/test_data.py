@@ -667,8 +667,9 @@ def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path: Path) -> None:
 
 
 def test_a_split_of_broken_files_alone_is_an_error(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "d", {"train": {"a": 10, "b": 10}, "test": {"a": 1}})
-    (root / "test" / "a" / "000.png").write_bytes(b"")
+    root = image_folder(tmp_path / "d", {"train": {"a": 10, "b": 10}, "test": {"a": 1, "b": 1}})
+    for file in (root / "test").rglob("*.png"):
+        file.write_bytes(b"")
     with pytest.raises(DataError, match="d without its broken files: expected images in test, got none; add"):
         load_data(str(root), skip_bad=True)
 
