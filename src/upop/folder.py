@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,10 +40,18 @@ class RunFolder:
     path: Path
     main: bool = True
 
-    def check(self, *, overwrite: bool) -> None:
-        """Raise UpopError where a run must not go: an older run (unless `overwrite`), foreign files, no permission."""
+    def check(self, *, overwrite: bool, sources: Iterable[str] = ()) -> None:
+        """Raise UpopError where a run must not go.
+
+        That is: over what it reads itself (`sources`), over an older run unless `overwrite`, into a folder with files
+        of someone else, where it may not write.
+        """
         if not self.main:
             return
+        out = self.path.resolve()
+        for source in map(Path, sources):
+            if source.exists() and out in (source.resolve(), *source.resolve().parents):
+                raise UpopError(f"out {self.path}: holds {source}, which this run reads; choose another folder")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not parent.is_dir():
             raise UpopError(f"out {self.path}: expected a folder, but {parent} is a file; choose another name")

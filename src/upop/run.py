@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from upop import plots
 from upop.config import STAGES, PruneConfig
-from upop.data import Augment, Batches, ImageData, Split
+from upop.data import Augment, Batches, Split
 from upop.errors import TrainingError, UpopError
 from upop.families import find_structures
 from upop.folder import RunFolder, disk_errors, is_main_process, provenance
@@ -68,8 +68,7 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
     """
-    RunFolder(Path(config.out), main=is_main_process()).check(overwrite=overwrite)
-    _refuse_own_sources(config)
+    RunFolder(Path(config.out), main=is_main_process()).check(overwrite=overwrite, sources=(config.model, config.data))
     plan = make_plan(config)
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
@@ -86,15 +85,6 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
             raise
         log.info("done in %.0f s", result["seconds"]["all"])
     return result
-
-
-def _refuse_own_sources(config: PruneConfig) -> None:
-    """A run must not overwrite the folder that it reads its model or its data from."""
-    out = Path(config.out).resolve()
-    for source in (config.model, config.data):
-        path = Path(source).resolve()
-        if path.exists() and out in (path, *path.parents):
-            raise UpopError(f"out {config.out}: holds {source}, which this run reads; choose another folder")
 
 
 class _SearchHook:
@@ -316,7 +306,7 @@ class _Run:
             "warnings": [*plan.loaded.notes, *_warnings(accuracy, plan.data.validation.labels)],
             **provenance(self.accelerator.device),
             "config": plan.config.model_dump(),
-            "data": _data_facts(plan.data),
+            "data": plan.data.facts(),
             "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
             "accuracy": accuracy,
             "loss": {stage: {split: found[stage].loss for split, found in scores.items()} for stage in models},
@@ -366,17 +356,6 @@ class _Run:
         began = time.monotonic()
         yield
         self.seconds[stage] = time.monotonic() - began
-
-
-def _data_facts(data: ImageData) -> dict[str, Any]:
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    return {
-        "name": data.name,
-        "fingerprint": data.fingerprint,
-        "classes": list(data.classes),
-        "images": {name: len(split) for name, split in splits.items() if split is not None},
-        "skipped": list(data.skipped),
-    }
 
 
 def _warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor) -> list[str]:

@@ -210,7 +210,7 @@ def test_a_file_in_place_of_the_folder_is_refused(refused, tmp_path):
 
 def test_a_data_folder_is_not_overwritten_by_its_own_run(refused, images):
     arguments = ["prune", "--model", "deit-digits", "--data", images, "--out", images.parent]
-    assert "no run of upop wrote" in refused(*arguments, "--overwrite")
+    assert "which this run reads" in refused(*arguments, "--overwrite")
 
 
 def test_the_folder_above_a_data_set_is_refused(refused, images):

@@ -6,7 +6,7 @@ Shapes: n images, h height, w width; images are uint8 RGB in [0, 255].
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -57,6 +57,17 @@ class ImageData:
     test: Split | None
     fingerprint: str  # sha256 of all images and labels, in order (streams: of names, sizes and labels)
     skipped: tuple[str, ...]  # files left out on request
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says of its data, as plain values."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "classes": list(self.classes),
+            "images": {name: len(split) for name, split in splits.items() if split is not None},
+            "skipped": list(self.skipped),
+        }
 
 
 def check_classes(labels: Ints, parts: dict[str, Ints], classes: Sequence[str], where: str) -> None:
