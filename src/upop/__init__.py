@@ -1,10 +1,19 @@
 """UPop for vision transformers: prune a ViT by one unified, progressive search, and save a smaller, faster one."""
 
-from upop.analysis import Analysis, analyze
 from upop.errors import UpopError
-from upop.pretrained import from_pretrained, register, save_pretrained
-from upop.search import Search, Target
-from upop.slim import slim
+
+try:
+    from upop.analysis import Analysis, analyze
+    from upop.pretrained import from_pretrained, register, save_pretrained
+    from upop.search import Search
+    from upop.slim import slim
+    from upop.targets import Target
+
+    register()
+except ModuleNotFoundError as error:
+    # Reports and animations are made where torch is not installed.
+    if error.name != "torch":
+        raise
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,5 +26,3 @@ __all__ = [
     "save_pretrained",
     "slim",
 ]
-
-register()

@@ -4,13 +4,16 @@ One flat, frozen model: a field here is an option on the command line and a key 
 """
 
 import json
+import shlex
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upop.errors import UpopError, nearest
+from upop.methods import METHODS, NORMALISE
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -27,13 +30,15 @@ class PruneConfig(BaseModel):
 
     model: str = Field(description="Hub name, local folder, or built-in shape such as deit-tiny-cifar")
     data: str = Field(description="cifar10, a Hub data set, digits, or a local folder")
-    target: str = Field("params=0.5", description="what to remove: params=X of all, prunable=X of the prunable ones")
+    target: str = Field(
+        "params=0.5", description="what to remove: params=X of all, prunable=X of the prunable ones; open = see below"
+    )
     out: str = Field("runs/latest", description="folder for everything that comes out")
     stages: str = Field("dense,search,retrain", description="which stages to run, each on the model it is given")
 
-    epochs_dense: int | None = Field(None, ge=1, description="fine-tuning epochs (3; from scratch 100)")
-    epochs_search: int = Field(3, ge=1, description="search epochs")
-    epochs_retrain: int = Field(5, ge=1, description="retraining epochs of the slimmed model")
+    epochs_dense: int | float | None = Field(None, gt=0, description="fine-tuning epochs (3; from scratch 100)")
+    epochs_search: int | float = Field(3, gt=0, description="search epochs; 0.5 is half an epoch")
+    epochs_retrain: int | float = Field(5, gt=0, description="retraining epochs of the slimmed model")
     batch_size: int = Field(128, ge=1, description="images per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="adamw; from scratch: muon")
@@ -51,11 +56,32 @@ class PruneConfig(BaseModel):
     temperature: float = Field(2.0, gt=0, description="temperature of distillation")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = off")
 
+    method: str = Field("upop", description=f"who goes, and how: {', '.join(METHODS)}")
+    shrink: Literal["progressive", "once"] | None = Field(
+        None, description="losers sink to zero, or are cut at the end (the method's own)"
+    )
     schedule: str = Field("sine", description=f"growth of the ratio: {', '.join(SCHEDULES)}")
     interval: int = Field(1, ge=1, description="steps between two decisions of the search")
-    gradient_order: Literal["paper", "authors"] = Field("paper", description="z-score then sum, or sum then z-score")
+    normalise: str = Field("zscore", description=f"scores within a kind: {', '.join(NORMALISE)}")
+    gradient_order: Literal["paper", "authors"] = Field("paper", description="normalise then sum, or sum first")
+    binarise: Literal["topk", "threshold"] = Field(
+        "topk", description="prune up to the target, or (target open) all units above a threshold"
+    )
+    threshold: float | None = Field(None, description="on the normalised score, for binarise = threshold")
+    max_drop: float | None = Field(
+        None, ge=0, lt=1, description="target open: the most that fits, validation at most this below dense (0.01)"
+    )
+    tolerance: float | None = Field(
+        None, ge=0, lt=1, description="adaptive rate: grow while validation falls by at most this between two checks"
+    )
+    checks: int = Field(20, ge=1, description="validation checks during a search with max_drop or tolerance")
+    lr_mask: float | None = Field(
+        None, gt=0, description="rate of masks trained by the optimizer (2 / search steps: 0 is half-way off)"
+    )
     sparsity_attn: float = Field(4.8e-3, ge=0, description="weight of sum |mask| over head dims")
-    sparsity_mlp: float = Field(2e-4, ge=0, description="weight of sum |mask| over hidden neurons")
+    sparsity_mlp: float | None = Field(
+        None, ge=0, description="weight of sum |mask| over hidden neurons (as much in all as the head dims)"
+    )
 
     flip: bool = Field(True, description="random horizontal flip")
     crop: int = Field(4, ge=0, le=31, description="random crop after padding by this many pixels per 32")
@@ -74,6 +100,8 @@ class PruneConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of training; results are read in float32")
     attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="attention kernel in training")
+    threads: int | None = Field(None, ge=1, description="CPU threads (all cores); results depend on it by rounding")
+    latency_seconds: float = Field(5.0, gt=0, description="time to measure latency, per batch size")
     compile: bool = Field(False, description="torch.compile the model")
     workers: int = Field(2, ge=0, description="decoding processes, for data sets too large for memory")
     tracker: str | None = Field(None, description="also log to tensorboard, wandb, ... (through Accelerate)")
@@ -99,11 +127,13 @@ class PruneConfig(BaseModel):
             raise ValueError(f"expected a share below 1 or a whole number of images, got {value}")
         return value
 
-    @field_validator("schedule")
+    @field_validator("schedule", "method", "normalise")
     @classmethod
-    def _known_schedule(cls, value: str) -> str:
-        if value not in SCHEDULES:
-            raise ValueError(f"expected one of {', '.join(SCHEDULES)}, got {value!r}{nearest(value, SCHEDULES)}")
+    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+        names: dict[str, Iterable[str]] = {"schedule": SCHEDULES, "method": METHODS, "normalise": NORMALISE}
+        known = list(names[info.field_name or ""])
+        if value not in known:
+            raise ValueError(f"expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
         return value
 
     @model_validator(mode="after")
@@ -111,6 +141,24 @@ class PruneConfig(BaseModel):
         if self.stages == "dense,retrain":
             raise ValueError("stages: expected a search between dense and retrain")
         return self
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> "PruneConfig":
+        if (self.binarise == "threshold") != (self.threshold is not None):
+            raise ValueError("threshold: expected together with binarise = threshold, and only then")
+        rules = [n for n in ("threshold", "max_drop", "tolerance") if getattr(self, n) is not None]
+        if len(rules) > 1:
+            raise ValueError(f"target: expected one of threshold, max_drop, tolerance, got {' and '.join(rules)}")
+        if self.open_ended and not rules and self.method != "dense-continued":
+            raise ValueError("target: open needs one of threshold, max_drop, tolerance, to say where it ends")
+        if not self.open_ended and self.threshold is not None:
+            raise ValueError("target: a threshold decides the ratio itself; use target = open")
+        return self
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the search decides the final ratio itself."""
+        return self.target.strip() == "open"
 
     def has(self, stage: str) -> bool:
         """Whether the run includes `stage`."""
@@ -120,7 +168,8 @@ class PruneConfig(BaseModel):
         """The same configuration with every automatic value filled in, as it is saved beside the result.
 
         Pretrained weights get a learning rate that does not destroy them: 5e-5 for AdamW. From scratch: Muon, at a
-        rate that the later stages, whose model is trained by then, must not keep.
+        rate that the later stages, whose model is trained by then, must not keep. What depends on the model's units or
+        the number of steps (`sparsity_mlp`, `lr_mask`) the plan fills in.
         """
         optimizer = self.optimizer or ("adamw" if trained else "muon")
         gentle = {"adamw": 5e-5, "muon": 5e-3}[optimizer]
@@ -134,6 +183,7 @@ class PruneConfig(BaseModel):
                 "lr": lr,
                 "lr_search": self.lr_search or lr_retrain / 2,
                 "lr_retrain": lr_retrain,
+                "shrink": self.shrink or METHODS[self.method].shrink,
                 "device": device_type,
                 "precision": ("bf16" if bf16 else "fp32") if self.precision == "auto" else self.precision,
                 "attention": ("eager" if device_type == "cpu" else "sdpa")
@@ -146,6 +196,23 @@ class PruneConfig(BaseModel):
         """As a config file that `load_config` reads back; values left to be chosen are left out."""
         values = self.model_dump(exclude_none=True)
         return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def given_values(config: PruneConfig) -> dict[str, Any]:
+    """What of a configuration decides its numbers, as plain values: all but where results go and who watches."""
+    values = config.model_dump(exclude={"out", "tracker"})
+    # A folder is known by its weights, wherever it lies.
+    return values | ({"model": "a folder"} if Path(config.model).is_dir() else {})
+
+
+def command_line(config: PruneConfig) -> str:
+    """The `upop prune` line that does this run: every option that is not at its default."""
+    parts = ["upop", "prune"]
+    for name, field in PruneConfig.model_fields.items():
+        value, flag = getattr(config, name), "--" + name.replace("_", "-")
+        if field.is_required() or value != field.default:
+            parts += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
+    return shlex.join(parts)
 
 
 def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:

@@ -4,6 +4,7 @@ Knows files, not models or stages.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -12,18 +13,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from upop.errors import UpopError
 
+if TYPE_CHECKING:
+    import torch
+
 MARK = ".upop-run"  # says that a run of upop made the folder
-FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "widths.png", "stages.png")
+FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
 # `upop` holds what some trackers write.
 FOLDERS = ("dense", "slim", "model", "last-good", "upop")
 
@@ -153,13 +155,36 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Command, versions and hardware behind a result."""
+def weights_hash(model: Path) -> str | None:
+    """What tells the weights of a saved model folder from all others; None where there are none to read."""
+    file = model / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
+def recorded(model: Path, data: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Accuracy and loss per split that the run which made the folder `model` has measured on the same data.
+
+    Empty where no run stands behind the folder, its weights have changed since, or the data are others.
+    """
+    try:
+        result = json.loads((model.parent / "result.json").read_text(encoding="utf-8"))
+        same = result["weights"] == weights_hash(model) is not None and result["data"] == json.loads(json.dumps(data))
+        stage = list(result["accuracy"])[-1]
+        splits = result["accuracy"][stage]
+        return {s: {key: result[key][stage][s] for key in ("accuracy", "loss")} for s in splits} if same else {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}
+
+
+def provenance(device: "torch.device", command: str | None = None) -> dict[str, Any]:
+    """Command, versions and hardware behind a result; `command` in place of the process's own."""
+    import torch
+
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     commit = _git("rev-parse", "HEAD")
     packages = ("upop", "torch", "transformers", "accelerate", "numpy")
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or _own_command(),
         # Of the source tree that upop runs from; none when it is installed as a package.
         "commit": f"{commit}{'-dirty' if _git('status', '--porcelain', '-uno') else ''}" if commit else None,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -174,6 +199,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "system": platform.system(),
         },
     }
+
+
+def _own_command() -> str:
+    name = Path(sys.argv[0]).name
+    # `python -m upop.cli` is how launchers say it.
+    return shlex.join(
+        ["upop" if name in ("cli.py", "__main__.py") else name, *(a for a in sys.argv[1:] if a != "--overwrite")]
+    )
 
 
 def _git(*arguments: str) -> str:

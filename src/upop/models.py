@@ -37,6 +37,7 @@ SHAPES: dict[str, Shape] = {
     "deit-tiny-cifar": Shape(192, 12, 3, 32, 4, CIFAR_MEAN, CIFAR_STD),
     "deit-small-cifar": Shape(384, 12, 6, 32, 4, CIFAR_MEAN, CIFAR_STD),
     "deit-tiny-cifar-6layers": Shape(192, 6, 3, 32, 4, CIFAR_MEAN, CIFAR_STD),
+    "deit-tiny-cifar-6layers-patch8": Shape(192, 6, 3, 32, 8, CIFAR_MEAN, CIFAR_STD),
     "deit-tiny": Shape(192, 12, 3, 224, 16, IMAGENET_MEAN, IMAGENET_STD),
     "deit-small": Shape(384, 12, 6, 224, 16, IMAGENET_MEAN, IMAGENET_STD),
     "deit-base": Shape(768, 12, 12, 224, 16, IMAGENET_MEAN, IMAGENET_STD),

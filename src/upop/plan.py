@@ -3,8 +3,9 @@
 Must not train, and must not write anything.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ from upop.analysis import Analysis, analyze
 from upop.config import PruneConfig
 from upop.data import Augment, Batches, ImageData, Split, load_data
 from upop.errors import UpopError
+from upop.methods import METHODS
 from upop.models import LoadedModel, fit_head_, load_model
 from upop.profiling import count_macs
-from upop.search import Target
+from upop.search import equal_sparsity
 from upop.slim import slim
+from upop.targets import Target
+from upop.train import count_steps
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,21 @@ class Plan:
     """What a run will do, known before any training.
 
     Attributes:
+        given: the configuration as it came.
         config: resolved.
+        target: None where the search decides the ratio itself.
         params_after: parameters left at the target.
         macs_before, macs_after: multiply-accumulates per image; after: if all layers shrank alike, which the search
             decides otherwise.
         steps: optimizer steps per stage.
     """
 
+    given: PruneConfig
     config: PruneConfig
     loaded: LoadedModel
     data: ImageData
     analysis: Analysis
-    target: Target
+    target: Target | None
     params_after: int
     macs_before: int
     macs_after: int
@@ -51,15 +58,16 @@ def make_plan(config: PruneConfig) -> Plan:
 
     Raises UpopError for whatever stands in the way.
     """
-    device = device_type(config.device)
-    target = Target.parse(config.target)
+    given, device = config, device_type(config.device)
+    target = None if config.open_ended else Target.parse(config.target)
     loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
     analyze(loaded.model)  # refuses an unsupported model before any data is read
     data = read_data(config, loaded.image_size)
     replace = config.has("dense") or not loaded.trained
     fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
     analysis = analyze(loaded.model)
-    budget = target.budget(analysis.structures, analysis.params) if config.has("search") else 0.0
+    pruned = target is not None and config.has("search") and METHODS[config.method].score != "none"
+    budget = target.budget(analysis.structures, analysis.params) if target is not None and pruned else 0.0
     config = config.resolve(trained=loaded.trained, device_type=device)
     per_epoch = max(1, len(data.train) // config.batch_size)
     epochs = {
@@ -67,7 +75,17 @@ def make_plan(config: PruneConfig) -> Plan:
         "search": config.epochs_search,
         "retrain": config.epochs_retrain,
     }
+    steps = {stage: count_steps(n, per_epoch) for stage, n in epochs.items() if config.has(stage)}
+    config = config.model_copy(
+        update={
+            "sparsity_mlp": equal_sparsity(analysis.structures, config.sparsity_attn)["mlp"]
+            if config.sparsity_mlp is None
+            else config.sparsity_mlp,
+            "lr_mask": config.lr_mask or 2 / steps.get("search", 2),
+        }
+    )
     return Plan(
+        given=given,
         config=config,
         loaded=loaded,
         data=data,
@@ -76,7 +94,7 @@ def make_plan(config: PruneConfig) -> Plan:
         params_after=analysis.params - math.ceil(budget),
         macs_before=count_macs(loaded.model),
         macs_after=count_macs(slim(loaded.model, _uniform_keep(analysis, budget / analysis.prunable))),
-        steps={stage: n * per_epoch for stage, n in epochs.items() if config.has(stage)},
+        steps=steps,
     )
 
 
@@ -99,6 +117,17 @@ def device_type(wanted: str) -> str:
     if wanted == "cuda" and not there:
         raise UpopError("device: expected a CUDA GPU for device = cuda, found none; use device = cpu or auto")
     return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute on so many CPU threads meanwhile; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _uniform_keep(analysis: Analysis, ratio: float) -> dict[str, Tensor]:

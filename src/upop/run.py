@@ -9,8 +9,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,24 +19,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from upop import plots
-from upop.config import STAGES, PruneConfig
-from upop.data import Augment, Batches, Split
-from upop.errors import TrainingError, UpopError
-from upop.families import find_structures
-from upop.folder import RunFolder, disk_errors, is_main_process, provenance
-from upop.models import fit_head_, load_model, save_image_processor
-from upop.plan import Plan, device_type, make_accelerator, make_batches, make_plan, read_data, set_attention
+from upop.config import STAGES, PruneConfig, given_values
+from upop.data import Augment, Batches
+from upop.errors import TrainingError
+from upop.folder import RunFolder, disk_errors, is_main_process, provenance, weights_hash
+from upop.measure import measure_gap, measure_latency, measure_scores, plain_batches, sizes
+from upop.models import save_image_processor
+from upop.plan import Plan, cpu_threads, make_accelerator, make_batches, make_plan, set_attention
 from upop.pretrained import save_pretrained
-from upop.profiling import compare_latency, count_macs, count_params
+from upop.profiling import count_params
 from upop.search import Search
-from upop.structures import widths
-from upop.train import FitOptions, Hook, NoHook, Progress, Score, evaluate, fit
+from upop.structures import prunable_cost, removed_cost
+from upop.trace import TraceRecorder
+from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
+from upop.version import code_version
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-LATENCY_BATCHES = (1, 64)
-LATENCY_SECONDS = 5.0
+SCHEMA = 2
 METRICS_EVERY = 50  # optimizer steps
 Result = dict[str, Any]
 
@@ -62,17 +62,26 @@ class Nobody:
     def epoch(self, number: int, accuracy: float) -> None: ...
 
 
-def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | None = None) -> Result:
+def prune(
+    config: PruneConfig, *, overwrite: bool = False, observer: Observer | None = None, command: str | None = None
+) -> Result:
     """Do the whole run and leave everything in `config.out`; returns what result.json holds.
+
+    `command` is what the result says to type for the same run; the process's own command line unless given.
 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
     """
     RunFolder(Path(config.out), main=is_main_process()).check(overwrite=overwrite, sources=(config.model, config.data))
+    with cpu_threads(config.threads):
+        return _prune(config, observer or Nobody(), command)
+
+
+def _prune(config: PruneConfig, observer: Observer, command: str | None) -> Result:
     plan = make_plan(config)
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
-    run = _Run(plan, folder, accelerator, observer or Nobody())
+    run = _Run(plan, folder, accelerator, observer, command)
     run.training_batches(0)  # refuses what cannot be batched before the folder is touched
     folder.claim(plan.config.to_toml())
     accelerator.wait_for_everyone()
@@ -88,16 +97,28 @@ def prune(config: PruneConfig, *, overwrite: bool = False, observer: Observer | 
 
 
 class _SearchHook:
-    """The search as the training loop sees it."""
+    """The search as the training loop sees it: with its masks recorded and its questions answered."""
 
-    def __init__(self, search: Search) -> None:
-        self._search = search
+    def __init__(self, search: Search, accuracy: Callable[[], float], lr_mask: float, recorder: TraceRecorder) -> None:
+        self._search, self._accuracy, self._lr_mask, self._recorder = search, accuracy, lr_mask, recorder
+        self._answer()
 
     def penalty(self) -> Tensor:
         return self._search.penalty()
 
     def step(self) -> None:
-        self._search.step()
+        search = self._search
+        search.step()
+        self._answer()
+        self._recorder.record(search.steps_done, search.ratio, search.masks.values)
+
+    def groups(self) -> list[dict[str, Any]]:
+        masks = self._search.trained_masks()
+        return [{"params": masks, "lr": self._lr_mask, "weight_decay": 0.0}] if masks else []
+
+    def _answer(self) -> None:
+        while self._search.needs_accuracy:
+            self._search.observe(self._accuracy())
 
     def metrics(self) -> Mapping[str, float]:
         return {"ratio": self._search.ratio}
@@ -111,6 +132,8 @@ class _Run:
     folder: RunFolder
     accelerator: Accelerator
     observer: Observer
+    command: str | None
+    searched: dict[str, Any] = field(default_factory=lambda: {"ratio": None, "trajectory": None, "checks": None})
     seconds: dict[str, float] = field(default_factory=dict)
 
     def all(self) -> Result:
@@ -167,15 +190,44 @@ class _Run:
             model,
             target=self.plan.target,
             steps=self.plan.steps["search"],
+            method=c.method,
+            shrink=c.shrink,
             schedule=c.schedule,
             interval=c.interval,
+            normalise=c.normalise,
             gradient_order=c.gradient_order,
-            sparsity={"attn": c.sparsity_attn, "mlp": c.sparsity_mlp},
+            sparsity={"attn": c.sparsity_attn, "mlp": c.sparsity_mlp or 0.0},
+            threshold=c.threshold,
+            max_drop=c.max_drop,
+            tolerance=c.tolerance,
+            checks=c.checks,
+            seed=c.seed,
         )
-        about = f"search what can go, {c.target}"
-        hook = _SearchHook(search)
+        validation = plain_batches(self.plan, self.plan.data.validation, self.accelerator)
+
+        def accuracy() -> float:
+            found = evaluate({"search": model}, validation, accelerator=self.accelerator, autocast=True)["search"]
+            log.info("search: step %d, ratio %.4f, accuracy %.4f", search.steps_done, search.ratio, found.accuracy)
+            return found.accuracy
+
+        about = f"{c.method}, {c.target}: search what can go"
+        trace = TraceRecorder(search.structures, search.steps)
+        hook = _SearchHook(search, accuracy, c.lr_mask or 0.0, trace)
         self.fit("search", about, model, epochs=c.epochs_search, lr=c.lr_search, hook=hook, teacher=teacher)
         assert search.done, "a search must take all its steps"
+        if self.folder.main:
+            with disk_errors(self.folder.path / "trace.npz"):
+                trace.save(self.folder.path / "trace.npz")
+        removed = removed_cost(search.structures, search.keep())
+        self.searched = {
+            "ratio": {
+                "target": self.plan.target and self.plan.target.value,
+                "prunable": removed / prunable_cost(search.structures),
+                "params": removed / self.plan.analysis.params,
+            },
+            "trajectory": trace.summary(),
+            "checks": search.growth and search.growth.history,
+        }
         return model, search.slim()
 
     def fit(
@@ -184,7 +236,7 @@ class _Run:
         about: str,
         model: nn.Module,
         *,
-        epochs: int | None,
+        epochs: float | None,
         lr: float | None,
         hook: Hook | None = None,
         teacher: nn.Module | None = None,
@@ -210,7 +262,7 @@ class _Run:
         )
         self.observer.stage(stage, about)
         log.info("%s: %s; %s", stage, about, options)
-        validation = self.batches(self.plan.data.validation)
+        validation = plain_batches(self.plan, self.plan.data.validation, self.accelerator)
         last: list[Progress] = []
 
         def report(progress: Progress) -> None:
@@ -225,7 +277,7 @@ class _Run:
                 raise TrainingError(f"the validation loss is not finite after epoch {number}; lower the learning rate")
             self.metrics(stage, last[0], validation_accuracy=score.accuracy, validation_loss=score.loss)
             self.observer.epoch(number, score.accuracy)
-            log.info("%s: epoch %d of %d, validation accuracy %.4f", stage, number, epochs, score.accuracy)
+            log.info("%s: epoch %d of %s, validation accuracy %.4f", stage, number, epochs, score.accuracy)
             # During the search the weights mean nothing without their masks: what was good is the dense model.
             if stage != "search":
                 self.save(model, "last-good")
@@ -277,58 +329,31 @@ class _Run:
         self.accelerator.log({f"{stage}/{k}": v for k, v in values.items()}, step=step)
 
     def measure(self, models: dict[str, nn.Module], final: nn.Module) -> Result:
-        """Everything that result.json says but the seconds. Reads the test split, once."""
-        plan, dense = self.plan, models["dense"]
+        """Everything that result.json says but the seconds."""
+        plan = self.plan
         self.observer.stage("evaluate", "all models on validation and test, in float32; latency")
         with self.timed("evaluate"):
-            splits = {"validation": plan.data.validation}
-            if plan.data.test is not None:
-                splits["test"] = plan.data.test
-            scores = {n: evaluate(models, self.batches(s), accelerator=self.accelerator) for n, s in splits.items()}
-            gap = self.gap(models)
+            scores = measure_scores(plan, self.accelerator, models)
+            gap = measure_gap(plan, self.accelerator, models)
         with self.timed("latency"):
-            # Copies: a copy is not compiled, so that both are timed alike.
-            pair = {"before": copy.deepcopy(dense), "after": copy.deepcopy(final)}
-            latency = {
-                str(batch): compare_latency(
-                    pair,
-                    batch=batch,
-                    image_size=plan.loaded.image_size,
-                    device=self.accelerator.device,
-                    max_seconds=LATENCY_SECONDS,
-                )
-                for batch in LATENCY_BATCHES
-            }
-        accuracy = {stage: {split: found[stage].accuracy for split, found in scores.items()} for stage in models}
+            latency = measure_latency(plan, self.accelerator.device, models["dense"], final)
         return {
             "schema": SCHEMA,
             "status": "complete",
-            "warnings": [*plan.loaded.notes, *_warnings(accuracy, plan.data.validation.labels)],
-            **provenance(self.accelerator.device),
+            **provenance(self.accelerator.device, self.command),
+            "code": code_version(),
+            "weights": weights_hash(self.folder.path / "model"),
+            "start": weights_hash(Path(plan.given.model)),
+            "given": given_values(plan.given),
             "config": plan.config.model_dump(),
             "data": plan.data.facts(),
             "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
-            "accuracy": accuracy,
-            "loss": {stage: {split: found[stage].loss for split, found in scores.items()} for stage in models},
+            **scores,
             "gap": gap,
-            "params": {"before": count_params(dense), "after": count_params(final)},
-            "macs": {"before": count_macs(dense), "after": count_macs(final)},
-            "latency": {batch: {k: asdict(v) for k, v in found.items()} for batch, found in latency.items()},
-            "widths": {"before": widths(find_structures(dense)), "after": widths(find_structures(final))},
+            **sizes(models["dense"], final),
+            **self.searched,
+            "latency": latency,
         }
-
-    @torch.no_grad()
-    def gap(self, models: dict[str, nn.Module]) -> float | None:
-        """Largest difference between masked and slimmed logits over a batch of validation images."""
-        if "slim" not in models:
-            return None
-        images, _ = next(iter(self.batches(self.plan.data.validation)))
-        outputs: list[Any] = [models[name](pixel_values=images) for name in ("search", "slim")]
-        return float((outputs[0].logits - outputs[1].logits).abs().max())
-
-    def batches(self, split: Split) -> Batches:
-        plan = self.plan
-        return make_batches(split, plan.config, plan.loaded, self.accelerator, classes=len(plan.data.classes))
 
     def training_batches(self, stage: int) -> Batches:
         """Each stage draws its own order and augmentations: else every stage would begin with the same batches."""
@@ -356,35 +381,3 @@ class _Run:
         began = time.monotonic()
         yield
         self.seconds[stage] = time.monotonic() - began
-
-
-def _warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor) -> list[str]:
-    """What a reader of the numbers must know first: models that do no better than guessing the largest class."""
-    chance = float(labels.bincount().max() / len(labels))
-    limit = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
-    return [
-        f"{stage}: validation accuracy {found['validation']:.3f} is at chance ({chance:.3f}); "
-        + ("the dense model is not trained" if stage == "dense" else "the model has collapsed: prune less or longer")
-        for stage, found in accuracy.items()
-        if found["validation"] < limit
-    ]
-
-
-def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int]:
-    """Score of `config.model` on a split of `config.data`, its parameters and its MACs per image.
-
-    Raises UpopError where the model's head does not fit the data, or the data has no such split.
-    """
-    loaded = load_model(config.model)
-    data = read_data(config, loaded.image_size)
-    fit_head_(loaded.model, data.classes, name=config.model, replace=False)
-    images = {"validation": data.validation, "test": data.test}[split]
-    if images is None:
-        raise UpopError(f"{config.data}: has no {split} split; use --split validation")
-    config = config.resolve(trained=True, device_type=device_type(config.device))
-    accelerator = make_accelerator(config)
-    model = loaded.model.to(accelerator.device)
-    set_attention(model, config.attention)
-    batches = make_batches(images, config, loaded, accelerator, classes=len(data.classes))
-    score = evaluate({"model": model}, batches, accelerator=accelerator)["model"]
-    return score, count_params(model), count_macs(model)

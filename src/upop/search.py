@@ -1,101 +1,49 @@
-"""The search: UPop's Algorithm 1 as an object that a training loop calls once per optimizer step.
+"""The search: UPop's Algorithm 1, and the baselines, as an object that a training loop calls once per optimizer step.
 
 Owns scores, masks and the decision which units stay. Must not know data, optimizers, devices of others, or files.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from upop.criteria import random_scores, weight_norms
 from upop.errors import TargetError, TrainingError, UpopError, nearest
 from upop.families import find_structures
+from upop.growth import Growth
 from upop.masks import Masks
-from upop.ranking import select, zscore_per_kind
+from upop.methods import METHODS, Shrink
+from upop.ranking import NORMALISERS, below, normalise, select, select_uniform, uniform_limit
 from upop.schedules import SCHEDULES
 from upop.slim import slim
-from upop.structures import Structure, prunable_cost, reachable_ratio, removable_cost
+from upop.structures import Structure, prunable_cost, removable_cost, removed_cost
+from upop.targets import Target
 
 log = logging.getLogger(__name__)
 
 GradientOrder = Literal["paper", "authors"]
 
-# The authors' weights for DeiT. Under the progressive rule they change nothing (a constant gradient per kind is
-# subtracted by the z-score); they matter where masks are trained by an optimizer.
+# The authors' weights for DeiT-Small: equal terms at the start. Under the progressive rule they change nothing (a
+# constant gradient per kind is subtracted by the z-score); they matter where masks are trained by an optimizer.
 DEFAULT_SPARSITY: Mapping[str, float] = {"attn": 4.8e-3, "mlp": 2e-4}
+# No open-ended search goes further than this fraction of the prunable cost.
+OPEN_LIMIT = 0.95
 
 
-@dataclass(frozen=True)
-class Target:
-    """How much to remove, as a fraction in [0, 1): of ALL parameters (`params`) or of the prunable ones (`prunable`).
+def equal_sparsity(structures: tuple[Structure, ...], attn: float) -> dict[str, float]:
+    """The authors' rule: weights per kind such that all terms of the penalty are equal while all masks are 1.
 
-    Exactly one is given. The achieved removal is within 1 % of all parameters, or the target is refused.
+    `attn` is the weight of the `attn` kind; the others follow from the numbers of units.
     """
-
-    params: float | None = None
-    prunable: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.params is None) == (self.prunable is None):
-            raise TargetError("target: expected exactly one of params=, prunable=")
-        if not 0 <= self.value < 1:
-            raise TargetError(
-                f"target {self}: expected a fraction removed, 0 <= x < 1, got {self.value}; params=0.5 removes half"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> "Target":
-        """`params=0.5` or `prunable=0.5`, as typed on a command line. Raises TargetError for anything else."""
-        unit, _, number = text.partition("=")
-        if unit.strip() not in ("params", "prunable"):
-            raise TargetError(
-                f"target {text!r}: expected params=FRACTION or prunable=FRACTION, got unit {unit.strip()!r}"
-                + nearest(unit.strip(), ["params", "prunable"])
-            )
-        try:
-            value = float(number)
-        except ValueError:
-            raise TargetError(f"target {text!r}: expected a number after '=', got {number!r}") from None
-        return cls(**{unit.strip(): value})
-
-    @property
-    def unit(self) -> str:
-        return "params" if self.params is not None else "prunable"
-
-    @property
-    def value(self) -> float:
-        value = self.params if self.params is not None else self.prunable
-        assert value is not None
-        return value
-
-    def __str__(self) -> str:
-        return f"{self.unit}={self.value}"
-
-    def budget(self, structures: tuple[Structure, ...], params: int) -> float:
-        """Parameters to remove from a model of `params` parameters.
-
-        Raises TargetError, with the reachable range, where floors forbid the target or one unit is too large a step.
-        """
-        base = params if self.unit == "params" else prunable_cost(structures)
-        most = removable_cost(structures)
-        budget = self.value * base
-        if budget > most:
-            raise TargetError(
-                f"target {self}: cannot be met; reachable here is {self.unit}=0 to "
-                f"{self.unit}={reachable_ratio(structures, base):.4f} ({most:,} of {base:,} parameters), "
-                "since every layer keeps at least one unit of each kind"
-            )
-        step = max(structures, key=lambda s: s.cost)
-        if budget > 0 and step.cost > 0.01 * params:
-            raise TargetError(
-                f"target {self}: cannot be met within 1 %: one unit of {step.name} alone holds {step.cost:,} of the "
-                f"model's {params:,} parameters; the model is too small or too narrow for structured pruning"
-            )
-        return budget
+    units: dict[str, int] = {}
+    for s in structures:
+        units[s.kind] = units.get(s.kind, 0) + s.units
+    return {kind: attn * units.get("attn", count) / count for kind, count in units.items()}
 
 
 class Search:
@@ -107,16 +55,26 @@ class Search:
         optimizer.step(); search.step(); optimizer.zero_grad()
 
     `search.step()` may stand on either side of `optimizer.step()`: mask gradients are collected during backward, with
-    the weights of that moment. At the end every mask is exactly 0 or 1 and `slim()` changes no output.
+    the weights of that moment. At the end of a progressive search every mask is exactly 0 or 1, and `slim()` changes
+    no output. Methods that cut `once` have no such end: what `slim()` returns is then another function.
 
     Args:
         model: any model of a known family; its parameters, names and, at the start, outputs are untouched.
-        target: what to remove.
+        target: what to remove. None for an open-ended search: `threshold`, `max_drop` or `tolerance` then decides.
         steps: optimizer steps that the search lasts, T >= 1.
+        method: name of a method (see `upop.methods`). With `mask` and `unified`, the optimizer also trains
+            `trained_masks()`.
+        shrink: `progressive` or `once` in place of the method's own, for methods that do not train masks.
         schedule: name of a schedule (see `upop.schedules`); the paper's is `sine`.
         interval: masks are re-decided every `interval` steps and at the last one; the paper's is 1.
-        gradient_order: `paper` z-scores each step's gradients, then sums; `authors` sums raw gradients, then z-scores.
+        normalise: how scores of a kind are made comparable (see `upop.ranking`); the paper's is `zscore`.
+        gradient_order: `paper` normalises each step's gradients, then sums; `authors` sums raw gradients first.
         sparsity: weight of `sum |mask|` in `penalty()` per kind.
+        threshold: prune every unit whose normalised accumulated score is above it, whatever that comes to.
+        max_drop: the largest ratio whose accuracy, told by `observe`, is at most this far below the first one.
+        tolerance: the ratio grows while the accuracy falls by at most this from one check to the next.
+        checks: accuracies asked for during the search, for `max_drop` and `tolerance`; masks are then hard, 0 or 1.
+        seed: of the method `random`.
 
     Raises UpopError for unknown families, unreachable targets and bad options, before the model is touched.
     """
@@ -125,84 +83,136 @@ class Search:
         self,
         model: nn.Module,
         *,
-        target: Target,
+        target: Target | None,
         steps: int,
+        method: str = "upop",
+        shrink: Shrink | None = None,
         schedule: str = "sine",
         interval: int = 1,
+        normalise: str = "zscore",
         gradient_order: GradientOrder = "paper",
         sparsity: Mapping[str, float] = DEFAULT_SPARSITY,
+        threshold: float | None = None,
+        max_drop: float | None = None,
+        tolerance: float | None = None,
+        checks: int = 20,
+        seed: int = 0,
     ) -> None:
-        if steps < 1 or interval < 1:
-            raise UpopError(f"Search: expected steps >= 1 and interval >= 1, got {steps=}, {interval=}")
-        if schedule not in SCHEDULES:
-            raise UpopError(
-                f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}"
-            )
-        if gradient_order not in ("paper", "authors"):
-            raise UpopError(f"gradient_order: expected 'paper' or 'authors', got {gradient_order!r}")
+        if steps < 1 or interval < 1 or checks < 1:
+            raise UpopError(f"Search: expected steps, interval and checks >= 1, got {steps=}, {interval=}, {checks=}")
+        _one_of("method", method, METHODS)
+        _one_of("shrink", shrink or "once", ("progressive", "once"))
+        _one_of("schedule", schedule, SCHEDULES)
+        _one_of("normalise", normalise, NORMALISERS)
+        _one_of("gradient_order", gradient_order, ("paper", "authors"))
         self.model = model
         self.structures = find_structures(model)
+        self.method = dataclasses.replace(METHODS[method], shrink=shrink or METHODS[method].shrink)
         self.target, self.steps, self.interval = target, steps, interval
-        self.schedule, self.gradient_order, self.sparsity = schedule, gradient_order, dict(sparsity)
+        self.schedule, self.normalise, self.gradient_order = schedule, normalise, gradient_order
+        self.threshold, self.sparsity, self.seed = threshold, dict(sparsity), seed
         kinds = {s.kind for s in self.structures}
-        if unknown := sorted(set(sparsity) - kinds):
-            raise UpopError(
-                f"sparsity: expected weights for {', '.join(sorted(kinds))}, got {unknown[0]!r}"
-                + nearest(unknown[0], kinds)
-            )
-        params = sum(p.numel() for p in model.parameters())
+        for kind in sparsity:
+            _one_of("sparsity", kind, kinds)
+        self._check_goal(max_drop, tolerance)
         # As a fraction of the prunable parameters, whatever the target's own unit is.
-        self.target_ratio = target.budget(self.structures, params) / prunable_cost(self.structures)
+        self.target_ratio = self._target_ratio()
+        self.growth: Growth | None = None
+        if max_drop is not None or tolerance is not None:
+            limit = self.target_ratio if target is not None else min(OPEN_LIMIT, self._most())
+            self.growth = Growth(limit, steps, min(checks, steps), max_drop, tolerance)
         self.ratio = 0.0
         self.steps_done = 0
-        self._scores = {s.name: torch.zeros(s.units) for s in self.structures}
+        self._name = method
+        self._scores = {s.name: torch.zeros(s.units, dtype=torch.float64) for s in self.structures}
         self._keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.structures}
         self.masks = Masks(model, self.structures)
+        # Where the penalty's gradient arrives: kept apart, since next to it a mask's own gradient would be rounded.
+        self._twins = {name: mask.detach().requires_grad_() for name, mask in self.masks.values.items()}
+        if self.trains_masks:
+            for mask in self.masks.values.values():
+                mask.register_post_accumulate_grad_hook(_average_gradient_)  # type: ignore[no-untyped-call]
 
     @property
     def done(self) -> bool:
-        """True once all `steps` are taken: masks are exactly 0 or 1."""
-        return self.steps_done >= self.steps
+        """True once all `steps` are taken and no accuracy is asked for any more: what stays is decided."""
+        return self.steps_done >= self.steps and not self.needs_accuracy
+
+    @property
+    def trains_masks(self) -> bool:
+        """Whether the masks are to be trained by the ordinary optimizer (methods `mask` and `unified`)."""
+        return self.method.score == "mask"
+
+    @property
+    def needs_accuracy(self) -> bool:
+        """Whether `observe` must be called before the next `step`: at the start and at every check."""
+        return self.growth is not None and self.growth.due(self.steps_done)
+
+    def trained_masks(self) -> list[Tensor]:
+        """Mask values [U] that belong into the optimizer, without weight decay; empty for most methods."""
+        return list(self.masks.values.values()) if self.trains_masks else []
 
     def penalty(self) -> Tensor:
         """Sparsity loss: sum over kinds of weight * sum |mask| (scalar, differentiable)."""
-        terms = [self.sparsity.get(s.kind, 0.0) * self.masks.values[s.name].abs().sum() for s in self.structures]
+        values = self.masks.values if self.trains_masks else self._twins
+        terms = [self.sparsity.get(s.kind, 0.0) * values[s.name].abs().sum() for s in self.structures]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def step(self) -> None:
         """Take in the mask gradients of the last backward(s) and, when due, re-decide all masks.
 
         Call once per optimizer step. Steps after the last one change nothing.
-        Raises UpopError when no backward has run, TrainingError when a gradient is not finite.
+        Raises UpopError when no backward has run or an accuracy is due, TrainingError when a gradient is not finite.
         """
-        gradients = self.masks.gradients()
-        if self.done:
+        if self.steps_done >= self.steps:
+            self.masks.gradients()
             return
-        if gradients is None:
+        if self.needs_accuracy:
             raise UpopError(
-                "Search.step(): no gradient has reached the masks since the last step; call it once after "
-                "loss.backward(), with the model in use being the one given to Search"
+                f"Search.step(): an accuracy is due after {self.steps_done} steps; call observe(accuracy) whenever "
+                "needs_accuracy is True"
             )
-        self._accumulate(_mean_over_processes(gradients))
-        if self.steps_done % self.interval == 0 or self.steps_done == self.steps - 1:
+        if not self.trains_masks:
+            self._take_gradients()
+        last = self.steps_done == self.steps - 1
+        checked = self.growth is not None and self.growth.due(self.steps_done + 1)
+        due = checked or self.steps_done % self.interval == 0
+        if last or (due and self.method.shrink == "progressive"):
             progress = self.steps_done / (self.steps - 1) if self.steps > 1 else 1.0
             self._decide(1.0 if progress == 1.0 else SCHEDULES[self.schedule](progress))
         self.steps_done += 1
 
+    def observe(self, accuracy: float) -> None:
+        """Tell the validation accuracy, in [0, 1], of the model as it is now; only when `needs_accuracy`.
+
+        Raises UpopError where none was asked for, or where it is no fraction.
+        """
+        if self.growth is None or not self.needs_accuracy:
+            raise UpopError(f"Search.observe(): no accuracy is due after {self.steps_done} steps")
+        if not 0 <= accuracy <= 1:
+            raise UpopError(f"Search.observe(): expected an accuracy from 0 to 1, got {accuracy}")
+        self.growth.observe(accuracy, self.steps_done)
+        if self.steps_done >= self.steps and self.needs_accuracy:
+            self._decide(1.0)
+
     def finish(self) -> None:
-        """End the search now at the full target, with the scores gathered so far. Raises UpopError before any step."""
+        """End the search now, at the full target (open-ended: at the ratio reached), with the scores gathered so far.
+
+        Raises UpopError before any step.
+        """
         if self.steps_done == 0:
             raise UpopError("Search.finish(): no step has been taken, so nothing is known about any unit")
         if not self.done:
-            self._decide(1.0)
-            self.steps_done = self.steps
+            if self.growth is None:
+                self._decide(1.0)
+            self.steps_done, self.growth = self.steps, None
 
     def keep(self) -> dict[str, Tensor]:
         """Structure name -> bool [U], True = stays; as decided at the last update (all True before the first)."""
         return {name: value.clone() for name, value in self._keep.items()}
 
     def slim(self) -> nn.Module:
-        """A new, smaller model with the outputs of the masked one. The search's own model stays as it is.
+        """A new, smaller model; after a progressive search with the outputs of the masked one. Ours stays as it is.
 
         Raises UpopError before the last step: masks in between 0 and 1 cannot be cut without changing outputs.
         """
@@ -226,6 +236,7 @@ class Search:
             "scores": {k: v.clone() for k, v in self._scores.items()},
             "keep": self.keep(),
             "masks": {k: v.detach().cpu().clone() for k, v in self.masks.values.items()},
+            "growth": None if self.growth is None else self.growth.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,35 +252,133 @@ class Search:
         self._scores = {k: v.clone() for k, v in state["scores"].items()}
         self._keep = {k: v.clone() for k, v in state["keep"].items()}
         self.masks.set_(state["masks"])
+        if self.growth is not None:
+            self.growth.load_state_dict(state["growth"])
 
     def _settings(self) -> dict[str, Any]:
+        growth = self.growth
         return {
             "units": {s.name: s.units for s in self.structures},
             "target": str(self.target),
             "steps": self.steps,
+            "method": self._name,
+            "shrink": self.method.shrink,
             "schedule": self.schedule,
             "interval": self.interval,
+            "normalise": self.normalise,
             "gradient_order": self.gradient_order,
             "sparsity": self.sparsity,
+            "threshold": self.threshold,
+            "growth": growth and [growth.limit, growth.checks, growth.max_drop, growth.tolerance],
+            "seed": self.seed,
         }
 
-    def _accumulate(self, gradients: dict[str, Tensor]) -> None:
+    def _check_goal(self, max_drop: float | None, tolerance: float | None) -> None:
+        """Raise TargetError for goals that contradict each other, or none at all."""
+        rules = {"threshold": self.threshold, "max_drop": max_drop, "tolerance": tolerance}
+        given = [name for name, value in rules.items() if value is not None]
+        if len(given) > 1:
+            raise TargetError(f"search: expected one of threshold, max_drop, tolerance, got {' and '.join(given)}")
+        if self.target is None and not given and self.method.score != "none":
+            raise TargetError("search: an open-ended search needs one of threshold, max_drop, tolerance")
+        if self.target is not None and "threshold" in given:
+            raise TargetError(f"search: a threshold decides the ratio itself; leave out the target {self.target}")
+        for name in ("max_drop", "tolerance"):
+            if (value := rules[name]) is None:
+                continue
+            if not 0 <= value < 1:
+                raise TargetError(f"{name}: expected a fraction from 0 to 1 (0.01 = one point), got {value}")
+            if self.method.shrink != "progressive":
+                raise TargetError(f"{name}: needs a progressive search, and this one cuts once at the end")
+        if self.trains_masks and self.method.shrink == "progressive":
+            raise TargetError("shrink: a method that trains its masks cuts once; progressive would overwrite them")
+
+    def _target_ratio(self) -> float:
+        if self.target is None or self.method.score == "none":
+            return 0.0
+        params = sum(p.numel() for p in self.model.parameters())
+        ratio = self.target.budget(self.structures, params) / prunable_cost(self.structures)
+        if ratio > self._most():
+            raise TargetError(
+                f"target {self.target}: cannot be met with the same ratio in every kind; reachable is "
+                f"prunable={self._most():.4f}, since every layer keeps at least one unit of each kind"
+            )
+        return ratio
+
+    def _most(self) -> float:
+        """The largest ratio of the prunable cost that this method can remove."""
+        if self.method.unified:
+            return removable_cost(self.structures) / prunable_cost(self.structures)
+        return uniform_limit(self.structures)
+
+    def _take_gradients(self) -> None:
+        """Add this step's gradients to the scores, in float64."""
+        found = self.masks.gradients()
+        if found is None:
+            raise UpopError(
+                "Search.step(): no gradient has reached the masks since the last step; call it once after "
+                "loss.backward(), with the model in use being the one given to Search"
+            )
+        gradients = {name: g.double() for name, g in _mean_over_processes(found).items()}
+        for name, twin in self._twins.items():
+            if twin.grad is not None:
+                gradients[name] += twin.grad.double().cpu()
+                twin.grad = None
         if not all(bool(g.isfinite().all()) for g in gradients.values()):
             raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite at step {self.steps_done + 1}")
-        if self.gradient_order == "paper":
-            gradients = zscore_per_kind(self.structures, gradients)
+        if self.method.score == "taylor":
+            gradients = {name: (self.masks.values[name].detach().cpu() * g).abs() for name, g in gradients.items()}
+        elif self.gradient_order == "paper":
+            gradients = normalise(self.structures, gradients, self.normalise)
         for name, value in gradients.items():
             self._scores[name] += value
 
+    def _ranked(self) -> dict[str, Tensor]:
+        """Scores [U], float64, by which units fall: the largest first."""
+        how = self.normalise
+        if self.method.score == "gradient":
+            if self.gradient_order == "paper" and self.threshold is None:
+                return self._scores
+            # For a threshold once more: sums of z-scores widen with every step, and it must mean the same throughout.
+            mean = {name: score / (self.steps_done + 1) for name, score in self._scores.items()}
+            return normalise(self.structures, mean, how)
+        small_first = {
+            "taylor": lambda: self._scores,
+            "magnitude": lambda: weight_norms(self.model, self.structures),
+            "mask": lambda: {k: v.detach().cpu().abs() for k, v in self.masks.values.items()},
+            "random": lambda: random_scores(self.structures, self.seed),
+        }[self.method.score]()
+        return normalise(self.structures, {name: -score for name, score in small_first.items()}, how)
+
     def _decide(self, fraction: float) -> None:
         """Prune `fraction` in [0, 1] of the target: re-select from all units, then set every mask (lines 9 to 14)."""
-        scores = self._scores
-        if self.gradient_order == "authors":
-            scores = zscore_per_kind(self.structures, scores)
-        self.ratio = self.target_ratio * fraction
-        self._keep = select(self.structures, scores, self.ratio * prunable_cost(self.structures))
-        # Exactly 0 at the end, and never by comparing floats: `keep` carries the decision.
-        self.masks.set_({name: torch.where(k, 1.0, 1.0 - fraction) for name, k in self._keep.items()})
+        if self.method.score == "none":
+            return
+        self.ratio = self.target_ratio * fraction if self.growth is None else self.growth.ratio(self.steps_done)
+        if self.threshold is not None:
+            self._keep = below(self.structures, self._ranked(), self.threshold)
+            self.ratio = removed_cost(self.structures, self._keep) / prunable_cost(self.structures)
+        elif self.method.unified:
+            self._keep = select(self.structures, self._ranked(), self.ratio * prunable_cost(self.structures))
+        else:
+            self._keep = select_uniform(self.structures, self._ranked(), self.ratio)
+        if self.method.shrink == "progressive":
+            # Open-ended searches may end at any check, so that their losers are at 0 at once.
+            value = 0.0 if self.growth is not None else 1.0 - fraction
+            # Exactly 0 at the end, and never by comparing floats: `keep` carries the decision.
+            self.masks.set_({name: torch.where(k, 1.0, value) for name, k in self._keep.items()})
+
+
+def _one_of(what: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise UpopError(f"{what}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+
+def _average_gradient_(mask: Tensor) -> None:
+    """Give a trained mask the same gradient in all processes: masks are not known to DDP."""
+    if mask.grad is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mask.grad)
+        mask.grad /= torch.distributed.get_world_size()
 
 
 def _mean_over_processes(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 What a stage adds to the loop comes in as a hook; the loop itself must not know of pruning, files or terminals.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ class Hook(Protocol):
     def step(self) -> None:
         """Called once after every optimizer step, before gradients are cleared."""
 
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of tensors that are trained beside the model's own, each with its peak rate."""
+
     def metrics(self) -> Mapping[str, float]:
         """Numbers of its own for the progress report."""
 
@@ -42,6 +46,9 @@ class NoHook:
     def step(self) -> None:
         pass
 
+    def groups(self) -> list[dict[str, Any]]:
+        return []
+
     def metrics(self) -> Mapping[str, float]:
         return {}
 
@@ -51,7 +58,7 @@ class FitOptions:
     """How one stage is trained.
 
     Attributes:
-        epochs: passes over the training split.
+        epochs: passes over the training split; 0.5 stops in the middle of one.
         lr: peak learning rate of AdamW, or of Muon's matrices (the rest then gets AdamW at `lr * 0.075`).
         optimizer: `adamw`; or `muon` for the blocks' matrices, good for training from scratch.
         weight_decay: decoupled; never on norms, biases, embeddings and tokens.
@@ -65,7 +72,7 @@ class FitOptions:
         seed: of dropout and the like.
     """
 
-    epochs: int
+    epochs: float
     lr: float
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.05
@@ -128,16 +135,18 @@ def fit(
     hook = hook or NoHook()
     set_seed(options.seed + accelerator.process_index)
     optimizers = make_optimizers(model, options)
+    for group in hook.groups():
+        optimizers[-1].add_param_group(group)
     own = set(vars(model))
     prepared, *ready = accelerator.prepare(model, *optimizers)
-    steps = options.epochs * len(batches)
+    steps = count_steps(options.epochs, len(batches))
     factor = rate_factor(steps, options)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in ready]
     tally = _Tally(steps, options, accelerator.device)
     prepared.train()
-    for epoch in range(options.epochs):
+    for epoch in range(math.ceil(steps / len(batches))):
         tally.start(epoch, teacher)
-        for images, labels in batches.epoch(epoch):
+        for images, labels in itertools.islice(batches.epoch(epoch), steps - tally.step):
             _set_rates(ready, peaks, factor(tally.step))
             tally.add(_backward(prepared, images, labels, options, accelerator, hook, teacher))
             if options.clip:
@@ -156,6 +165,11 @@ def fit(
     for name in set(vars(model)) - own:
         delattr(model, name)
     model.eval()
+
+
+def count_steps(epochs: float, per_epoch: int) -> int:
+    """Optimizer steps of `epochs` epochs of `per_epoch` steps, at least one."""
+    return max(1, round(epochs * per_epoch))
 
 
 def _backward(
@@ -256,7 +270,7 @@ class _Tally:
     """Counts steps, sums and time for the progress report."""
 
     def __init__(self, steps: int, options: FitOptions, device: torch.device) -> None:
-        self.step, self.steps, self.epoch, self.epochs = 0, steps, 0, options.epochs
+        self.step, self.steps, self.epoch, self.epochs = 0, steps, 0, math.ceil(options.epochs)
         self._sums = torch.zeros(3, device=device)
         self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._began = time.monotonic()

@@ -42,6 +42,7 @@ def test_the_folder_holds_all_that_was_promised_and_nothing_half_written(run):
         "log",
         "widths.png",
         "stages.png",
+        "trace.npz",
     }
     assert {path.name for path in folder.iterdir()} == wanted
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
@@ -79,7 +80,7 @@ def test_the_model_folder_loads_everywhere_and_scores_what_the_result_says(run):
     x = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(ours(pixel_values=x).logits, theirs(pixel_values=x).logits)
-    from upop.run import evaluate_model
+    from upop.measure import evaluate_model
 
     score, params, macs = evaluate_model(make_config({"model": str(folder / "model"), "data": "digits"}), "test")
     assert score.accuracy == pytest.approx(result["accuracy"]["retrain"]["test"])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upop.ranking import select, zscore_per_kind
+from upop.ranking import normalise, select
 from upop.structures import Structure, removable_cost, removed_cost
 
 
@@ -104,7 +104,7 @@ def test_nan_scores_are_never_ranked():
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e6])
 def test_zscore_pools_all_layers_of_a_kind(scale):
     scores = {name: scale * (value + 3) for name, value in random_scores().items()}
-    found = zscore_per_kind(STRUCTURES, scores)
+    found = normalise(STRUCTURES, scores)
     for kind in ("attn", "mlp"):
         names = [s.name for s in STRUCTURES if s.kind == kind]
         pooled = np.concatenate([scores[n].double().numpy() for n in names])
@@ -115,16 +115,16 @@ def test_zscore_pools_all_layers_of_a_kind(scale):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e-9, 0.1])
 def test_zscores_of_equal_scores_are_zero(value):
     scores = {s.name: torch.full((s.units,), value) for s in STRUCTURES}
-    assert all(bool((z == 0).all()) for z in zscore_per_kind(STRUCTURES, scores).values())
+    assert all(bool((z == 0).all()) for z in normalise(STRUCTURES, scores).values())
 
 
-def test_zscores_are_float32_whatever_comes_in():
+def test_zscores_are_float64_whatever_comes_in():
     scores = {name: value.bfloat16() for name, value in random_scores().items()}
-    assert {z.dtype for z in zscore_per_kind(STRUCTURES, scores).values()} == {torch.float32}
+    assert {z.dtype for z in normalise(STRUCTURES, scores).values()} == {torch.float64}
 
 
 def test_scores_are_left_as_they_were():
     scores = random_scores()
-    zscore_per_kind(STRUCTURES, scores)
+    normalise(STRUCTURES, scores)
     select(STRUCTURES, scores, 20)
     assert all(torch.equal(scores[name], value) for name, value in random_scores().items())

@@ -304,12 +304,27 @@ def test_sparsity_weights_change_no_keep(make_model, images, options):
     assert equal(keeps[0], keeps[2])
 
 
-def test_the_penalty_is_the_weighted_sum_of_mask_values(make_model):
-    search = Search(make_model(), target=HALF, steps=2, sparsity={"attn": 2.0, "mlp": 3.0})
+@pytest.mark.parametrize("method", ["upop", "unified"])
+def test_the_penalty_is_the_weighted_sum_of_mask_values_and_reaches_the_masks(make_model, method):
+    options = {"sparsity": {"attn": 2.0, "mlp": 3.0}, "normalise": "none", "gradient_order": "authors"}
+    search = Search(make_model(), target=HALF, steps=2, method=method, **options)
     assert search.penalty().item() == 2 * 2 * 32 + 3 * 2 * 256
-    search.penalty().backward()
-    assert set(search.masks.values["attn.0"].grad.tolist()) == {2.0}
-    assert set(search.masks.values["mlp.1"].grad.tolist()) == {3.0}
+    (search.penalty() + sum(0 * v.sum() for v in search.masks.values.values())).backward()
+    if search.trains_masks:
+        found = {name: v.grad for name, v in search.masks.values.items()}
+    else:
+        search.step()
+        found = search.state_dict()["scores"]
+    assert set(found["attn.0"].tolist()) == {2.0}
+    assert set(found["mlp.1"].tolist()) == {3.0}
+
+
+def test_without_normalisation_the_sparsity_weights_do_matter(make_model, images):
+    keeps = [
+        Loop(make_model(), images, steps=4, normalise="none", sparsity={"attn": a, "mlp": 0.0}).run().keep()
+        for a in (0.0, 5.0)
+    ]
+    assert not equal(*keeps)
 
 
 # ---------------------------------------------------------------- the user's loop
@@ -336,7 +351,7 @@ def test_accumulating_two_half_batches_gives_the_scores_of_one_batch(make_model,
 
 
 @pytest.mark.parametrize("order", ["paper", "authors"])
-def test_scores_of_bfloat16_models_are_accumulated_in_float32(make_model, images, order):
+def test_scores_of_bfloat16_models_are_accumulated_in_float64(make_model, images, order):
     steps = 40
     loop = Loop(make_model(dtype=torch.bfloat16), images, steps=steps, gradient_order=order, sparsity=NO_PENALTY)
     total = {s.name: np.zeros(s.units) for s in loop.search.structures}
@@ -347,7 +362,7 @@ def test_scores_of_bfloat16_models_are_accumulated_in_float32(make_model, images
         total = {name: total[name] + now[name] for name in total}
         loop.search.step()
     for name, score in loop.search.state_dict()["scores"].items():
-        assert score.dtype == torch.float32
+        assert score.dtype == torch.float64
         np.testing.assert_allclose(score.numpy(), total[name], atol=1e-5 * np.abs(total[name]).max())
 
 
@@ -514,12 +529,20 @@ def test_a_gradient_that_is_not_finite_is_refused_and_not_counted(make_model, ba
     ("options", "message"),
     [
         ({"schedule": "sin"}, r"schedule: expected one of sine, .* got 'sin'; did you mean 'sine'\?"),
-        ({"gradient_order": "author"}, r"gradient_order: expected 'paper' or 'authors', got 'author'"),
-        ({"steps": 0}, r"expected steps >= 1.*steps=0"),
-        ({"interval": 0}, r"interval >= 1.*interval=0"),
+        ({"gradient_order": "author"}, r"gradient_order: expected one of paper, authors, got 'author'"),
+        ({"method": "upp"}, r"method: expected one of upop, .*got 'upp'; did you mean 'upop'\?"),
+        ({"normalise": "z"}, r"normalise: expected one of zscore, .* got 'z'"),
+        ({"method": "mask", "shrink": "progressive"}, r"shrink: a method that trains its masks cuts once"),
+        ({"threshold": 0.0}, r"a threshold decides the ratio itself; leave out the target prunable=0.5"),
+        ({"target": None}, r"an open-ended search needs one of threshold, max_drop, tolerance"),
+        ({"max_drop": 0.1, "tolerance": 0.1}, r"one of threshold, max_drop, tolerance, got max_drop and tolerance"),
+        ({"max_drop": 5.0}, r"max_drop: expected a fraction from 0 to 1 \(0.01 = one point\), got 5.0"),
+        ({"tolerance": 0.1, "method": "random"}, r"tolerance: needs a progressive search"),
+        ({"method": "mask", "target": Target(prunable=0.98)}, r"cannot be met with the same ratio in every kind"),
+        ({"steps": 0}, r"expected steps, interval and checks >= 1.*steps=0"),
+        ({"interval": 0}, r"interval and checks >= 1.*interval=0"),
         ({"sparsity": {"atn": 1.0}}, r"sparsity: .*'atn'; did you mean 'attn'\?"),
     ],
-    ids=["schedule", "gradient_order", "steps", "interval", "sparsity"],
 )
 def test_a_bad_option_is_refused_before_the_model_is_touched(make_model, options, message):
     model = make_model()

@@ -114,6 +114,9 @@ def test_a_hook_is_called_once_per_optimizer_step_and_its_penalty_trains(make_mo
         def step(self):
             calls.append(extra.grad.clone())
 
+        def groups(self):
+            return []
+
         def metrics(self):
             return {"ratio": 0.25}
 

@@ -1,0 +1,35 @@
+"""Results of run folders as one small file each, to be checked in beside the report.
+
+Must not change a number; needs no torch.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from upop.errors import UpopError
+from upop.records import load_results
+
+KEEP = "study.json"
+
+
+def collect(source: Path, target: Path) -> int:
+    """Copy every result below `source` to `target/<label>.json`, and study.json; returns how many results.
+
+    Older result files there that no run in `source` stands behind are removed. Raises UpopError where `source` holds
+    no results, or broken ones.
+    """
+    results = load_results(source)
+    target.mkdir(parents=True, exist_ok=True)
+    labels = {path.parent.name: path for path in source.glob("*/result.json")}
+    if not labels:
+        raise UpopError(f"{source}: expected run folders with a result.json each, found none; run the study first")
+    for old in target.glob("*.json"):
+        if old.stem not in labels and old.name != KEEP:
+            old.unlink()
+    for label, path in labels.items():
+        text = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"))
+        (target / f"{label}.json").write_text(text + "\n", encoding="utf-8")
+    if (source / KEEP).is_file():
+        shutil.copyfile(source / KEEP, target / KEEP)
+    return len(results.runs) if hasattr(results, "runs") else len(labels)

@@ -1,0 +1,123 @@
+"""What a run measures of its models: accuracy, size, latency, and that slimming changed nothing.
+
+Must not train, and writes nothing.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from upop.config import PruneConfig
+from upop.data import Batches, Split
+from upop.errors import UpopError
+from upop.families import find_structures
+from upop.folder import recorded
+from upop.models import fit_head_, load_model
+from upop.plan import Plan, device_type, make_accelerator, make_batches, read_data, set_attention
+from upop.profiling import compare_latency, count_macs, count_params
+from upop.structures import widths
+from upop.train import Score, evaluate
+
+LATENCY_BATCHES = (1, 64)
+
+
+def plain_batches(plan: Plan, split: Split, accelerator: Accelerator) -> Batches:
+    """Batches of `split` as they are, for looking at a model."""
+    return make_batches(split, plan.config, plan.loaded, accelerator, classes=len(plan.data.classes))
+
+
+def measure_scores(plan: Plan, accelerator: Accelerator, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """`accuracy` and `loss` per stage and split, with `warnings` to read first. Reads the test split, once.
+
+    A dense model that a run has made and measured on the same data is not measured again.
+    """
+    data = plan.data
+    known = {} if plan.config.has("dense") else recorded(Path(plan.config.model), data.facts())
+    splits = {"validation": data.validation} | ({"test": data.test} if data.test is not None else {})
+    scores: dict[str, dict[str, Score]] = {}
+    for name, split in splits.items():
+        todo = {stage: model for stage, model in models.items() if stage != "dense" or name not in known}
+        found = evaluate(todo, plain_batches(plan, split, accelerator), accelerator=accelerator)
+        before = {} if "dense" in todo else {"dense": Score(**known[name], images=len(split))}
+        scores[name] = before | found
+    accuracy = {stage: {split: found[stage].accuracy for split, found in scores.items()} for stage in models}
+    return {
+        "warnings": [*plan.loaded.notes, *_warnings(accuracy, data.validation.labels)],
+        "accuracy": accuracy,
+        "loss": {stage: {split: found[stage].loss for split, found in scores.items()} for stage in models},
+    }
+
+
+@torch.no_grad()
+def measure_gap(plan: Plan, accelerator: Accelerator, models: Mapping[str, nn.Module]) -> float | None:
+    """Largest difference between masked and slimmed logits over a batch of validation images."""
+    if "slim" not in models:
+        return None
+    images, _ = next(iter(plain_batches(plan, plan.data.validation, accelerator)))
+    outputs: list[Any] = [models[name](pixel_values=images) for name in ("search", "slim")]
+    return float((outputs[0].logits - outputs[1].logits).abs().max())
+
+
+def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: nn.Module) -> dict[str, Any]:
+    """Batch size -> before and after, timed in turns."""
+    # Copies: a copy is not compiled, so that both are timed alike.
+    pair = {"before": copy.deepcopy(dense), "after": copy.deepcopy(final)}
+    found = {
+        batch: compare_latency(
+            pair,
+            batch=batch,
+            image_size=plan.loaded.image_size,
+            device=device,
+            max_seconds=plan.config.latency_seconds,
+        )
+        for batch in LATENCY_BATCHES
+    }
+    return {str(batch): {name: asdict(value) for name, value in each.items()} for batch, each in found.items()}
+
+
+def sizes(dense: nn.Module, final: nn.Module) -> dict[str, Any]:
+    """Parameters, MACs per image and widths per layer, before and after."""
+    return {
+        "params": {"before": count_params(dense), "after": count_params(final)},
+        "macs": {"before": count_macs(dense), "after": count_macs(final)},
+        "widths": {"before": widths(find_structures(dense)), "after": widths(find_structures(final))},
+    }
+
+
+def _warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor) -> list[str]:
+    """What a reader of the numbers must know first: models that do no better than guessing the largest class."""
+    chance = float(labels.bincount().max() / len(labels))
+    limit = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
+    return [
+        f"{stage}: validation accuracy {found['validation']:.3f} is at chance ({chance:.3f}); "
+        + ("the dense model is not trained" if stage == "dense" else "the model has collapsed: prune less or longer")
+        for stage, found in accuracy.items()
+        if found["validation"] < limit
+    ]
+
+
+def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int]:
+    """Score of `config.model` on a split of `config.data`, its parameters and its MACs per image.
+
+    Raises UpopError where the model's head does not fit the data, or the data has no such split.
+    """
+    loaded = load_model(config.model)
+    data = read_data(config, loaded.image_size)
+    fit_head_(loaded.model, data.classes, name=config.model, replace=False)
+    images = {"validation": data.validation, "test": data.test}[split]
+    if images is None:
+        raise UpopError(f"{config.data}: has no {split} split; use --split validation")
+    config = config.resolve(trained=True, device_type=device_type(config.device))
+    accelerator = make_accelerator(config)
+    model = loaded.model.to(accelerator.device)
+    set_attention(model, config.attention)
+    batches = make_batches(images, config, loaded, accelerator, classes=len(data.classes))
+    score = evaluate({"model": model}, batches, accelerator=accelerator)["model"]
+    return score, count_params(model), count_macs(model)

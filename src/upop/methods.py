@@ -1,0 +1,45 @@
+"""Methods: UPop, its two halves and the baselines, as values of one search.
+
+A method says by what units are ranked, whether all kinds compete, and whether the losers shrink or fall at once. Must
+not rank, prune or train by itself, and needs no torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["gradient", "mask", "magnitude", "taylor", "random", "none"]
+Shrink = Literal["progressive", "once"]
+NORMALISE = ("zscore", "minmax", "rank", "none")  # names of upop.ranking.NORMALISERS
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes one method differ from another.
+
+    Attributes:
+        score: what ranks units; the search turns it so that the LARGEST goes first.
+            `gradient` accumulated signed mask gradients (paper, Algorithm 1); `mask` |mask| after training by the
+            ordinary optimizer, smallest first (paper, section 3.1); `magnitude` L2 norm of a unit's weights, smallest
+            first; `taylor` accumulated |mask * gradient|, smallest first (Molchanov et al., 2019); `random`; `none`
+            prunes nothing.
+        unified: all layers and kinds compete in one ranking; otherwise each kind gives up the same share.
+        shrink: `progressive` lets masks of the losers sink over the search and re-decides who loses; `once` cuts at
+            the end what was untouched (or trained) until then.
+    """
+
+    score: Score
+    unified: bool
+    shrink: Shrink
+    about: str
+
+
+METHODS: dict[str, Method] = {
+    "upop": Method("gradient", True, "progressive", "unified and progressive: the paper's method"),
+    "progressive": Method("gradient", False, "progressive", "progressive alone: a uniform ratio for every kind"),
+    "unified": Method("mask", True, "once", "unified alone: trained masks in one z-scored ranking, cut once"),
+    "mask": Method("mask", False, "once", "mask-based: trained masks, a uniform ratio for every kind, cut once"),
+    "magnitude": Method("magnitude", True, "once", "smallest weights, cut once after the same training"),
+    "taylor": Method("taylor", True, "once", "smallest first-order effect on the loss, cut once"),
+    "random": Method("random", True, "once", "random units, cut once"),
+    "dense-continued": Method("none", True, "once", "the same training, nothing pruned: the control"),
+}

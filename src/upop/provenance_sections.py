@@ -1,0 +1,165 @@
+"""The last sections of a report: published numbers beside ours, all runs, and where every number comes from.
+
+Under the same promises as `sections`.
+"""
+
+from upop.figures import dense_level, spread, values
+from upop.paired import Stat, accuracy_at
+from upop.records import CONTINUED, DENSE, Group, Results, Run, removal, show
+from upop.references import CAVEATS, OWN_SETTING, PAPER, PUBLISHED, Published
+from upop.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name
+
+STAGES = (DENSE, "search", "slim", "retrain")
+
+
+def published(results: Results) -> Section:
+    rows = [
+        (
+            entry.what,
+            f"{entry.ratio:g}" if entry.ratio else NOTHING,
+            _printed(entry),
+            ours(entry, results),
+            "paper" if entry.source == PAPER else "earlier report",
+        )
+        for entry in PUBLISHED
+    ]
+    reached = sorted(
+        {removal(g.target)[1] for g in results.groups if _is_own(g)}
+        - {e.ratio for e in PUBLISHED if e.source == PAPER}
+    )
+    for ratio in reached:
+        entry = Published(PAPER, f"the paper's setting, not printed there: {OWN_SETTING}", ratio, 0.0, "%", "upop")
+        rows.append((entry.what, f"{ratio:g}", NOTHING, ours(entry, results), NOTHING))
+    sources = tuple(dict.fromkeys(entry.source for entry in PUBLISHED))
+    columns = ("what", "ratio removed", "published", "ours, mean ± sd (n)", "source")
+    table = Table(columns, tuple(rows), baseline(results))
+    return Section("published", "Published numbers beside ours", (*sources, *CAVEATS), (table,), listed=True)
+
+
+def _printed(entry: Published) -> str:
+    if entry.unit != "%":
+        return f"{points(entry.value)} points"
+    dense = next(e.value for e in PUBLISHED if e.source == entry.source and e.method == DENSE)
+    beside = f" ({points(entry.value - dense)} against its dense)" if entry.method != DENSE else ""
+    return f"{entry.value:.1f} %{beside}"
+
+
+def _is_own(group: Group) -> bool:
+    return group.method == "upop" and not group.variant and removal(group.target)[1] <= 1
+
+
+def ours(entry: Published, results: Results) -> str:
+    """Our number for a published one, in its terms."""
+    if entry.method == DENSE:
+        level = dense_level(results)
+        return spread(level) if level else NOTHING
+    wanted = {"schedule": entry.schedule} if entry.schedule else {}
+    found = []
+    for group in results.groups:
+        departs = {key for key, _ in group.variant}
+        right = all(group.runs[0].config.get(key) == value for key, value in wanted.items())
+        extra = {"tolerance"} if entry.adaptive else set()
+        if group.method == entry.method and right and departs <= {*wanted, *extra} and extra <= departs:
+            found += [(group, text) for text in [_in_terms(entry, group, results)] if text]
+    at = [(group, text) for group, text in found if abs(removal(group.target)[1] - entry.ratio) < 1e-9]
+    return "; ".join(f"{text} ({group.target.partition('=')[0]})" for group, text in at) or NOTHING
+
+
+def _in_terms(entry: Published, group: Group, results: Results) -> str:
+    def value(run: Run) -> float | None:
+        own = run.accuracy("retrain")
+        if own is None or entry.minus is None:
+            return own
+        other = run.accuracy(DENSE) if entry.minus == DENSE else _other(entry.minus, run, results)
+        return None if other is None else own - other
+
+    found = values(group, value)
+    if found is None:
+        return ""
+    if entry.minus:
+        return _difference(found)
+    against = values(
+        group, lambda run: None if (own := run.accuracy("retrain")) is None else own - accuracy_at(run, DENSE)
+    )
+    return f"{spread(found)}, {points(against.mean) if against else NOTHING} against its dense"
+
+
+def _difference(value: Stat) -> str:
+    sd = f" ± {value.sd:.2f}" if value.sd is not None else ""
+    return f"{points(value.mean)}{sd} points ({value.n})"
+
+
+def _other(method: str, run: Run, results: Results) -> float | None:
+    same = (
+        other for other in results.runs if (other.method, other.target, other.seed) == (method, run.target, run.seed)
+    )
+    return next((other.accuracy("retrain") for other in same if not other.variant), None)
+
+
+def all_runs(results: Results) -> Section:
+    columns = ("settings", "ratio", "n", "dense", "masked", "slimmed", "retrained", "removed of prunable, %")
+    rows, details = [], []
+    for group in results.groups:
+        stages = [percent(values(group, lambda run, s=stage: run.accuracy(s))) for stage in STAGES]  # type: ignore[misc]
+        removed = values(group, _removed)
+        rows.append((group.name, ratio_name(group.target), str(len(group.runs)), *stages, percent(removed)))
+        details.append(_per_seed(group.runs))
+    for run in results.dense:
+        rows.append(
+            (
+                f"{DENSE} ({run.label})",
+                NOTHING,
+                "1",
+                percent(values(Group(DENSE, "", (), (run,)), _dense)),
+                *[NOTHING] * 4,
+            )
+        )
+        details.append(_per_seed((run,)))
+    caption = f"Test accuracy in per cent, mean ± standard deviation (n). {baseline(results)}"
+    return Section("runs", "All runs", (), (Table(columns, tuple(rows), caption, tuple(details)),))
+
+
+def _dense(run: Run) -> float | None:
+    return run.accuracy(DENSE)
+
+
+def _removed(run: Run) -> float | None:
+    return None if run.method in (CONTINUED, DENSE) else 100 * float(run.data["ratio"]["prunable"])
+
+
+def _per_seed(runs: tuple[Run, ...]) -> Table:
+    columns = ("run", "seed", *(f"{stage}: validation / test" for stage in STAGES), "minutes", "warnings")
+    rows = []
+    for run in runs:
+        pairs = [(run.accuracy(stage, "validation"), run.accuracy(stage)) for stage in STAGES]
+        cells = [NOTHING if v is None or t is None else f"{v:.2f} / {t:.2f}" for v, t in pairs]
+        minutes = (run.data.get("seconds") or {}).get("all")
+        said = "; ".join(map(str, run.data.get("warnings") or ())) or NOTHING
+        rows.append((run.label, str(run.seed), *cells, f"{minutes / 60:.1f}" if minutes else NOTHING, said))
+    return Table(columns, tuple(rows))
+
+
+def origin(results: Results) -> Section:
+    runs = sorted((*results.runs, *results.dense), key=lambda run: run.label)
+    rows = tuple(
+        (run.label, run.data["command"], str(run.data.get("commit") or NOTHING), _machine(run)) for run in runs
+    )
+    versions: dict[str, list[str]] = {}
+    for run in runs:
+        text = ", ".join(f"{name} {number}" for name, number in sorted(run.data["versions"].items()))
+        versions.setdefault(text, []).append(run.label)
+    lead = [f"Versions ({len(labels)} of {len(runs)} runs): {text}." for text, labels in sorted(versions.items())]
+    command = results.study.get("command")
+    again = f"Again from scratch: {command}; then " if command else "Again: each run's command below; then "
+    lead.append(again + "upop report on the folder of results, which gives this page byte for byte.")
+    base = results.study.get("base") or {}
+    shared = tuple((key, show(base[key])) for key in sorted(base))
+    tables = [Table(("run", "command", "commit", "hardware"), rows, "One line per run.")]
+    if shared:
+        tables.append(Table(("setting", "value"), shared, "Settings that all runs of the study share."))
+    return Section("origin", "How every number was obtained", tuple(lead), tuple(tables))
+
+
+def _machine(run: Run) -> str:
+    hardware = run.data["hardware"]
+    return ", ".join(f"{key} {show(hardware[key])}" for key in sorted(hardware) if hardware[key] is not None)

@@ -1,0 +1,341 @@
+"""Results of runs read from a folder: checked, and sorted into groups that differ in the seed only.
+
+Must not judge or format anything, and must not need torch: a report is made wherever the files are.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from upop.errors import UpopError
+
+SCHEMA = 2
+DENSE, CONTINUED, OPEN = "dense", "dense-continued", "open"
+METHODS = ("upop", "progressive", "unified", "mask", "magnitude", "taylor", "random", CONTINUED)
+# What a setting is where nothing else is said; a run that departs from it is a variant of its method.
+DEFAULTS: dict[str, Any] = {
+    "schedule": "sine",
+    "normalise": "zscore",
+    "gradient_order": "paper",
+    "binarise": "topk",
+    "threshold": None,
+    "max_drop": None,
+    "tolerance": None,
+    "sparsity_attn": 4.8e-3,
+    "sparsity_mlp": 2e-4,
+}
+# Says where or as what a run ran, not what it computed; `method`, `target` and `seed` have places of their own.
+APART = (
+    *("method", "target", "seed", "out", "stages", "model"),
+    *("device", "workers", "threads", "tracker", "compile", "attention", "latency_seconds", "checks"),
+)
+NOT_APPLICABLE = (CONTINUED, DENSE)
+
+Variant = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One complete result. `variant`: the settings in which it departs from the standard of its method."""
+
+    label: str
+    data: Mapping[str, Any]
+    variant: Variant = ()
+
+    @cached_property
+    def method(self) -> str:
+        return DENSE if set(self.data["accuracy"]) == {DENSE} else str(self.config["method"])
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        values: Mapping[str, Any] = self.data["config"]
+        return values
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @cached_property
+    def target(self) -> str:
+        """What was to be removed, such as `prunable=0.8`; empty for models that are not pruned."""
+        return "" if self.method in NOT_APPLICABLE else str(self.config["target"])
+
+    def accuracy(self, stage: str, split: str = "test") -> float | None:
+        """In per cent. Stage `last`: retrained, or what came last before it."""
+        stages: Mapping[str, Mapping[str, float]] = self.data["accuracy"]
+        if stage == "last":
+            stage = next(name for name in ("retrain", "slim", "search", DENSE) if name in stages)
+        return 100 * stages[stage][split] if stage in stages else None
+
+    def kept(self, kind: str) -> tuple[float, ...]:
+        """Surviving share of the units of a kind, per layer, in [0, 1]."""
+        widths = self.data["widths"]
+        pairs = zip(widths["after"][kind], widths["before"][kind], strict=True)
+        return tuple(after / before for after, before in pairs)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in the seed only, sorted by it."""
+
+    method: str
+    target: str
+    variant: Variant
+    runs: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        return self.method + "".join(f", {key}={show(value)}" for key, value in self.variant)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a folder holds. `study` is empty without a study.json; `absent` maps labels to what became of them."""
+
+    study: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    dense: tuple[Run, ...]
+    absent: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All groups, by method, variant and ratio."""
+        found: dict[tuple[str, str, Variant], list[Run]] = {}
+        for run in sorted(self.runs, key=lambda run: (run.seed, run.label)):
+            found.setdefault((run.method, run.target, run.variant), []).append(run)
+        groups = [Group(*key, tuple(runs)) for key, runs in found.items()]
+        return tuple(sorted(groups, key=_group_order))
+
+    @property
+    def classes(self) -> int | None:
+        names = [len(run.data["data"]["classes"]) for run in (*self.runs, *self.dense) if "data" in run.data]
+        return names[0] if names and len(set(names)) == 1 else None
+
+
+def _group_order(group: Group) -> tuple[Any, ...]:
+    return method_order(group.method), bool(group.variant), repr(group.variant), removal(group.target)
+
+
+def load_results(folder: Path) -> Results:
+    """Read every result of `folder`: `<label>/result.json` or `<label>.json`, with or without a study.json."""
+    if not folder.is_dir():
+        raise UpopError(
+            f"{folder}: expected a folder with results, got none; run a study first or name another folder"
+        )
+    study = _study(folder)
+    paths = _result_files(folder)
+    listed = set(study.get("runs", paths)) | ({study["dense"]} if study.get("dense") else set())
+    notes = [f"{label}: not in study.json, left out" for label in sorted(set(paths) - listed)]
+    if study.get("dense") and study["dense"] not in paths:
+        notes.append(f"{study['dense']}: the dense run of the study has no result here")
+    runs = [Run(label, _result(paths[label], folder)) for label in sorted(set(paths) & listed)]
+    absent = _absent(study, paths)
+    runs = [run for run in runs if run.label not in absent]
+    if not runs:
+        _refuse(folder, "", "results", "none", "run the study first, or name a folder that holds its results")
+    dense = tuple(run for run in runs if run.method == DENSE or run.label == study.get("dense"))
+    pruned, more = _with_variants([run for run in runs if run not in dense], study.get("base", {}))
+    return Results(study, pruned, dense, absent, tuple([*notes, *more, *_starts(runs)]))
+
+
+def removal(target: str) -> tuple[str, float]:
+    """`prunable=0.8` -> ("prunable", 0.8); targets without a number sort last."""
+    kind, _, value = target.partition("=")
+    try:
+        return kind, float(value)
+    except ValueError:
+        return f"~{target}", math.inf
+
+
+def method_order(method: str) -> tuple[int, str]:
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def show(value: Any) -> str:
+    """A setting's value as one reads it."""
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _result_files(folder: Path) -> dict[str, Path]:
+    inside = {path.parent.name: path for path in folder.glob("*/result.json")}
+    beside = {path.stem: path for path in folder.glob("*.json") if path.name != "study.json"}
+    both = sorted(set(inside) & set(beside))
+    if both:
+        _refuse(folder, both[0], "one result per label", "a folder and a file", "delete one of them")
+    return inside | beside
+
+
+def _study(folder: Path) -> Mapping[str, Any]:
+    path = folder / "study.json"
+    if not path.exists():
+        return {}
+    study = _read(path, folder, "run the study again")
+    if study.get("schema") != 1:
+        got = f"schema {study.get('schema')!r}"
+        _refuse(folder, path.name, "a study of schema 1", got, "run the study again with this version, or delete it")
+    for key, kind in {"name": str, "runs": dict, "base": dict}.items():
+        if not isinstance(study.get(key), kind):
+            _refuse(folder, path.name, f"{key!r} as {kind.__name__}", repr(study.get(key)), "run the study again")
+    return study
+
+
+def _absent(study: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, str]:
+    absent = {}
+    for label, entry in sorted(study.get("runs", {}).items()):
+        state = entry.get("state", "missing")
+        if state != "done":
+            absent[label] = f"{state}: {entry['error']}" if entry.get("error") else state
+        elif label not in paths:
+            absent[label] = "missing: study.json calls it done, but there is no result"
+    return absent
+
+
+def _refuse(folder: Path, name: str, expected: str, got: str, advice: str) -> NoReturn:
+    raise UpopError(f"{folder / name}: expected {expected}, got {got}; {advice}")
+
+
+def _read(path: Path, folder: Path, advice: str) -> dict[str, Any]:
+    def constant(word: str) -> NoReturn:
+        raise ValueError(f"the number {word}")
+
+    name = path.relative_to(folder).as_posix()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    except (ValueError, OSError) as error:
+        _refuse(folder, name, "readable JSON", str(error).splitlines()[0], f"{advice}, or delete the file")
+    if not isinstance(data, dict):
+        _refuse(folder, name, "a JSON object", type(data).__name__, f"{advice}, or delete the file")
+    return data
+
+
+def _result(path: Path, folder: Path) -> Mapping[str, Any]:
+    advice = "run it again with this version, or delete the file"
+    data, name = _read(path, folder, "run it again"), path.relative_to(folder).as_posix()
+    if data.get("schema") != SCHEMA:
+        _refuse(folder, name, f"a result of schema {SCHEMA}", f"schema {data.get('schema')!r}", advice)
+    if data.get("status") != "complete":
+        _refuse(folder, name, "status 'complete'", repr(data.get("status")), advice)
+    for key, expected, right in _requirements(data):
+        value: Any = data
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not right(value):
+            _refuse(folder, name, f"{key} as {expected}", _short(value), advice)
+    return data
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
+
+
+def _requirements(data: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
+    """(dotted key, what is expected there, a test of it), first for every result, then for pruned ones."""
+    for key in ("config", "accuracy", "versions", "hardware"):
+        yield key, "an object", lambda value: isinstance(value, dict) and bool(value)
+    yield "command", "text", lambda value: isinstance(value, str)
+    yield "config.seed", "a whole number", lambda value: isinstance(value, int)
+    for key in ("config.method", "config.target"):
+        yield key, "text", lambda value: isinstance(value, str)
+    yield "accuracy.dense", "an object", lambda value: isinstance(value, dict)
+    for stage in data["accuracy"]:
+        for split in ("validation", "test"):
+            yield f"accuracy.{stage}.{split}", "a fraction", lambda value: _is_number(value) and 0 <= value <= 1
+    if set(data["accuracy"]) == {DENSE} or data["config"]["method"] == CONTINUED:
+        return
+    yield "gap", "null or a number", lambda value: value is None or _is_number(value)
+    for key in ("ratio.prunable", "ratio.params", "params.before", "params.after", "macs.before", "macs.after"):
+        yield key, "a number", _is_number
+    yield "widths", "units per kind and layer, before and after", _are_widths
+    yield "latency", "milliseconds per batch size, before and after", _is_latency
+    yield "trajectory", "null or step, ratio and mean_mask", _is_trajectory
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_widths(value: Any) -> bool:
+    before, after = (value or {}).get("before"), (value or {}).get("after")
+    if not isinstance(before, dict) or not isinstance(after, dict) or set(before) != set(after):
+        return False
+    return all(len(before[kind]) == len(after[kind]) and all(before[kind]) for kind in before)
+
+
+def _is_latency(value: Any) -> bool:
+    sides = [sizes.get(side) for sizes in (value or {}).values() for side in ("before", "after")]
+    return isinstance(value, dict) and all(_is_number((side or {}).get("median_ms")) for side in sides)
+
+
+def _is_trajectory(value: Any) -> bool:
+    if value is None:
+        return True
+    frames, masks = value.get("step"), value.get("mean_mask")
+    if not isinstance(frames, list) or not isinstance(masks, dict):
+        return False
+    return all(len(part) == len(frames) for part in (value.get("ratio", ()), *masks.values()))
+
+
+def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run, ...], list[str]]:
+    """The runs with their variants named, repeated ones left out; and what a reader must know about that."""
+    keys = [key for key in sorted({k for run in runs for k in run.config} - set(APART)) if _varies(runs, key)]
+    if any(
+        len({run.config.get("model") for run in runs if run.seed == seed}) > 1 for seed in {run.seed for run in runs}
+    ):
+        keys.append("model")
+    notes: list[str] = []
+    found: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        pairs = ((key, run.config.get(key), _standard(key, run.method, runs, base)) for key in keys)
+        # A setting without a meaning for a method is null there: that is no variant.
+        variant = tuple((k, v) for k, v, usual in pairs if v != usual and not (v is None and DEFAULTS.get(k)))
+        named = Run(run.label, run.data, () if run.method == CONTINUED else variant)
+        first = found.setdefault((named.method, named.target, named.variant, named.seed), named)
+        if first is not named:
+            notes.append(f"{run.label}: repeats the settings and seed of {first.label}, left out")
+    # How masks shrink is what makes the methods: no news.
+    for key in (key for key in keys if key != "shrink"):
+        usual = {
+            method: _standard(key, method, runs, base)
+            for method in sorted({run.method for run in runs}, key=method_order)
+        }
+        if len({json.dumps(value) for value in usual.values()}) > 1:
+            notes.append(f"{key} is not the same for all: " + ", ".join(f"{m} {show(v)}" for m, v in usual.items()))
+    return tuple(found.values()), notes
+
+
+def _varies(runs: Iterable[Run], key: str) -> bool:
+    return len({json.dumps(run.config.get(key), sort_keys=True) for run in runs}) > 1
+
+
+def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any]) -> Any:
+    """The value of a setting that makes no variant.
+
+    That is the study's, else the default, else the commonest: over all methods for what `DEFAULTS` knows, else over
+    the runs of `method`, because a method may bring its own (how its masks shrink, how long it searches).
+    """
+    among = [run for run in runs if key in DEFAULTS or run.method == method]
+    values = Counter(json.dumps(run.config.get(key), sort_keys=True) for run in among)
+    for known in (base, DEFAULTS):
+        if key in known and json.dumps(known[key], sort_keys=True) in values:
+            return known[key]
+    return json.loads(min(values, key=lambda text: (-values[text], text)))
+
+
+def _starts(runs: Iterable[Run]) -> list[str]:
+    """A warning where runs of one seed did not start from one dense model: they cannot be paired fairly."""
+    starts: dict[int, set[float]] = {}
+    for run in runs:
+        if run.method != DENSE:
+            starts.setdefault(run.seed, set()).add(run.data["accuracy"][DENSE]["test"])
+    return [
+        f"seed {seed}: its runs start from {len(values)} dense models of different test accuracy"
+        for seed, values in sorted(starts.items())
+        if len(values) > 1
+    ]

@@ -1,0 +1,156 @@
+"""Study files: a study as differences against a base, read and expanded into runs.
+
+    about = "What the study asks."
+    seeds = [0, 1, 2]
+    [dense]                       # trained once, the start of all runs
+    model = "deit-tiny-cifar-6layers"
+    epochs_dense = 60
+    [base]                        # what all runs share
+    data = "cifar10"
+    [[grid]]                      # lists multiply; every seed is one more run
+    method = ["upop", "mask"]
+    target = ["prunable=0.5", "prunable=0.8"]
+
+Must not run anything.
+"""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upop.config import ConfigError, PruneConfig, make_config
+from upop.errors import nearest
+
+ALWAYS = ("method", "target", "seed")  # named in every label
+NOT_A_DIFFERENCE = ("out", "model", "stages", "tracker")
+TEXTS = ("about", "command", "hardware", "wall_clock", "expected")
+TABLES = ("dense", "base", "grid")
+DENSE = "dense"  # the label of the run that trains the model all others start from
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run: its label, which is its folder's name too, its differences to the base, and its configuration."""
+
+    label: str
+    differences: Mapping[str, Any]
+    config: PruneConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file says it, expanded: `dense` first, if any, then `runs`, none twice."""
+
+    name: str
+    path: Path
+    texts: Mapping[str, str]
+    seeds: tuple[int, ...]
+    base: Mapping[str, Any]
+    dense: StudyRun | None
+    runs: tuple[StudyRun, ...]
+
+
+def find_study(name: str) -> Path:
+    """The file of the study called `name`, or at that path. Raises ConfigError with the names there are."""
+    if name.endswith(".toml"):
+        return Path(name)
+    folders = [Path("studies"), Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies"]
+    for folder in folders:
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
+    raise ConfigError(
+        f"study {name!r}: expected a file ending in .toml or one of {', '.join(known)}{nearest(name, known)}"
+    )
+
+
+def load_study(path: Path, out: Path, overrides: Mapping[str, Any] | None = None) -> Study:
+    """Read and expand a study whose runs will lie in `out`; `overrides` replace keys of its base, as `data` for one.
+
+    Raises ConfigError in one line, naming the file and the table, for whatever a study cannot be.
+    """
+    raw = _read(path)
+    overrides = dict(overrides or {})
+    seeds = _seeds(raw.get("seeds", [0]), path)
+    base = {"stages": "search,retrain"} | raw.get("base", {}) | overrides
+    dense = None
+    if "dense" in raw:
+        shared = {key: value for key, value in base.items() if key in ("data", "validation", "subset", "threads")}
+        values = {"latency_seconds": base.get("latency_seconds", 5.0)} | shared | raw["dense"]
+        values |= {key: value for key, value in overrides.items() if key in ("data", "subset", "threads")}
+        values |= {"stages": "dense", "out": str(out / DENSE)}
+        dense = StudyRun(DENSE, {}, make_config(values, f"{path} [dense]"))
+        base["model"] = str(out / DENSE / "model")
+    if "model" not in base or "data" not in base:
+        missing = "model" if "model" not in base else "data"
+        raise ConfigError(
+            f"{path}: expected {missing} in [base]" + (" or a table [dense]" if missing == "model" else "")
+        )
+    runs: dict[str, StudyRun] = {}
+    for number, table in enumerate(raw.get("grid", []), 1):
+        for differences in _expand(table, seeds, f"{path} [[grid]] {number}"):
+            run = _make_run(base, differences, out, f"{path} [[grid]] {number}")
+            runs[run.label] = run
+    if not runs:
+        raise ConfigError(f'{path}: expected a table [[grid]] with at least one run, such as method = ["upop"]')
+    texts = {key: str(raw.get(key, "")) for key in TEXTS}
+    shown = {key: value for key, value in base.items() if key not in ("model", "out")}
+    return Study(path.stem, path, texts, seeds, shown, dense, tuple(runs.values()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML ({error})") from None
+    known = (*TEXTS, "seeds", *TABLES)
+    for key in raw:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    for key, kind in (("dense", dict), ("base", dict), ("grid", list)):
+        if key in raw and not isinstance(raw[key], kind):
+            raise ConfigError(f"{path}: expected {key} as {'[[grid]] tables' if kind is list else f'a table [{key}]'}")
+    return raw
+
+
+def _seeds(value: Any, path: Path) -> tuple[int, ...]:
+    good = isinstance(value, list) and value and all(isinstance(n, int) and n >= 0 for n in value)
+    if not good or len(set(value)) != len(value):
+        raise ConfigError(f"{path}: seeds: expected different whole numbers such as [0, 1, 2], got {value!r}")
+    return tuple(value)
+
+
+def _expand(table: Mapping[str, Any], seeds: tuple[int, ...], where: str) -> list[dict[str, Any]]:
+    """All combinations of the table's lists, with every seed unless it names its own."""
+    choices: dict[str, list[Any]] = {}
+    for key, value in table.items():
+        if key in NOT_A_DIFFERENCE:
+            raise ConfigError(f"{where}: {key} is the same for all runs of a study; leave it out of the grid")
+        choices[key] = value if isinstance(value, list) else [value]
+        if not choices[key]:
+            raise ConfigError(f"{where}: {key}: expected at least one value, got an empty list")
+        if len({repr(v) for v in choices[key]}) != len(choices[key]):
+            raise ConfigError(f"{where}: {key}: expected different values, got {value!r}")
+    choices.setdefault("seed", list(seeds))
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def _make_run(base: Mapping[str, Any], differences: Mapping[str, Any], out: Path, where: str) -> StudyRun:
+    """A run whose label says how it differs from the base: the same run has the same label in every grid."""
+    plain = make_config({**base, "out": str(out)}, where.partition(" ")[0] + " [base]")
+    config = make_config({**base, **differences, "out": str(out)}, where)
+    new, old = config.model_dump(), plain.model_dump()
+    real = {key: new[key] for key in new if key in ALWAYS or new[key] != old[key]}
+    label = "_".join(_part(key, real[key]) for key in (*ALWAYS[:2], *sorted(set(real) - set(ALWAYS)), "seed"))
+    return StudyRun(label, real, config.model_copy(update={"out": str(out / label)}))
+
+
+def _part(key: str, value: Any) -> str:
+    text = str(value) if key in ("method", "target") else f"s{value}" if key == "seed" else f"{key}-{value}"
+    return re.sub(r"[^A-Za-z0-9.+-]", "", text.replace("_", "-"))

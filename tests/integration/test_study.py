@@ -1,0 +1,164 @@
+"""A study does what is not done, once, by whichever executor, and loses nothing."""
+
+import json
+import os
+import shutil
+
+import pytest
+from filelock import FileLock
+
+from upop.errors import UpopError
+from upop.executors import make_executor
+from upop.study import run_study
+from upop.studyfile import load_study
+
+TEXT = """
+seeds = [0]
+[dense]
+model = "deit-digits"
+epochs_dense = 2
+batch_size = 64
+flip = false
+[base]
+data = "digits"
+epochs_search = 0.5
+epochs_retrain = 0.5
+batch_size = 64
+flip = false
+lr = 1e-3
+threads = 1
+latency_seconds = 0.02
+[[grid]]
+method = ["upop", "mask"]
+"""
+
+
+class Watcher:
+    def __init__(self):
+        self.plans, self.ended = [], []
+
+    def planned(self, todo, done, failed):
+        self.plans.append((todo, done, failed))
+
+    def started(self, label):
+        pass
+
+    def finished(self, label, error, result, seconds):
+        self.ended.append((label, error))
+
+
+def go(out, text=TEXT, executor="local", **options):
+    path = out.parent / "mine.toml"
+    path.write_text(text)
+    watcher = Watcher()
+    workers = {"local": None}.get(executor, 2)
+    chosen = make_executor(executor, workers=workers, address="local" if executor == "ray" else None)
+    return run_study(load_study(path, out), out, executor=chosen, observer=watcher, **options), watcher
+
+
+def numbers(out):
+    """What must not change when a run is repeated: all but time."""
+    keys = ("accuracy", "loss", "widths", "gap", "ratio", "trajectory", "params", "weights")
+    results = {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))}
+    return {label: {key: result[key] for key in keys} for label, result in results.items()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "out"
+    summary, watcher = go(out)
+    assert watcher.plans == [(3, 0, 0)]
+    assert summary.done == ("dense", "upop_params0.5_s0", "mask_params0.5_s0")
+    return out
+
+
+@pytest.fixture
+def out(done, tmp_path):
+    shutil.copytree(done, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_second_call_does_nothing(out):
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    summary, watcher = go(out)
+    assert summary.ran == ()
+    assert watcher.plans == [(0, 3, 0)]
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+
+
+@pytest.mark.parametrize("damage", ["deleted", "broken", "another data set", "another code", "another start"])
+def test_only_what_no_longer_counts_is_done_again_to_the_same_numbers(out, damage):
+    before = numbers(out)
+    file = out / "mask_params0.5_s0/result.json"
+    result = json.loads(file.read_text())
+    changes = {
+        "another data set": {"data": result["data"] | {"fingerprint": "x"}},
+        "another code": {"code": "x"},
+        "another start": {"start": "x"},
+    }
+    if damage == "deleted":
+        file.unlink()
+    elif damage == "broken":
+        file.write_text(file.read_text()[:500])
+    else:
+        file.write_text(json.dumps(result | changes[damage]))
+    summary, _ = go(out)
+    assert summary.ran == ("mask_params0.5_s0",)
+    assert numbers(out) == before
+
+
+def test_results_of_other_code_count_when_asked_to(out):
+    file = out / "mask_params0.5_s0/result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "x"}))
+    assert go(out, any_code=True)[0].ran == ()
+
+
+def test_a_changed_configuration_is_another_run(out):
+    summary, _ = go(out, TEXT.replace("epochs_retrain = 0.5", "epochs_retrain = 0.6"))
+    assert set(summary.ran) == {"upop_params0.5_s0", "mask_params0.5_s0"}
+
+
+def test_a_failed_run_is_kept_apart_and_retried_on_request(out):
+    text = TEXT + '[[grid]]\nmethod = "upop"\nlr_search = 1e30\n'
+    label = "upop_params0.5_lr-search-1e+30_s0"
+    summary, watcher = go(out, text)
+    assert list(summary.failed) == [label]
+    assert watcher.ended == [(label, summary.failed[label])]
+    assert "finite" in summary.failed[label]
+    assert json.loads((out / "study.json").read_text())["runs"][label]["state"] == "failed"
+    assert go(out, text)[0].ran == ()
+    assert go(out, text, retry_failed=True)[0].ran == (label,)
+
+
+def test_a_new_dense_model_makes_all_runs_anew(out):
+    summary, _ = go(out, TEXT.replace("epochs_dense = 2", "epochs_dense = 1"))
+    assert summary.ran == ("dense", "upop_params0.5_s0", "mask_params0.5_s0")
+
+
+def test_the_dense_model_is_not_measured_again_by_every_run(done):
+    dense = json.loads((done / "dense/result.json").read_text())["accuracy"]["dense"]
+    for path in done.glob("*/result.json"):
+        assert json.loads(path.read_text())["accuracy"]["dense"] == dense
+
+
+def test_two_processes_do_not_work_on_one_study(out):
+    with FileLock(out / ".lock"), pytest.raises(UpopError, match="another process works on this study"):
+        go(out)
+
+
+def test_the_manifest_says_how_every_run_stands(done):
+    manifest = json.loads((done / "study.json").read_text())
+    assert {run["state"] for run in manifest["runs"].values()} == {"done"}
+    assert manifest["dense"] == "dense"
+    assert manifest["runs"]["mask_params0.5_s0"]["differences"]["method"] == "mask"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_workers_give_the_results_of_one_process(done, tmp_path, executor):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(done / "dense", out / "dense")
+    summary, _ = go(out, executor=executor)
+    assert set(summary.ran) == {"upop_params0.5_s0", "mask_params0.5_s0"}, (out / "logs").is_dir() and os.listdir(out)
+    assert numbers(out) == numbers(done)

@@ -1,0 +1,237 @@
+"""The report is a function of the folder: same bytes again, other numbers when a result changes, one line of error."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_results as fake
+import pytest
+
+import upop
+from upop.errors import UpopError
+from upop.report import build, load_results
+
+SMALL = dict(seeds=(0, 1, 2), targets=("prunable=0.5", "prunable=0.8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return fake.write(tmp_path_factory.mktemp("study"), fake.study(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return build(folder)
+
+
+def change(folder, label, **changes):
+    path = folder / label / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_second_build_is_the_same_to_the_byte(folder, report):
+    again = build(folder)
+    assert (again.html, again.markdown, again.facts) == (report.html, report.markdown, report.facts)
+    assert str(folder) not in report.html
+    assert str(folder) not in report.markdown
+
+
+def test_checked_in_files_give_the_same_page_as_run_folders(tmp_path, report):
+    for label, made in fake.study(**SMALL).items():
+        (tmp_path / f"{label}.json").write_text(json.dumps(made))
+    assert build(tmp_path).markdown == report.markdown
+
+
+def test_the_page_asks_nothing_of_the_network(report):
+    own = re.sub(r"<script>/\*\*.*?</script>", "", report.html, flags=re.S)
+    assert len(own) < len(report.html) / 2  # plotly is gone, once
+    assert "http" not in own
+    assert report.html.count("plotly.js v") == 1
+    assert not re.search(r'(src|href)="(?!#|data:)', own)
+
+
+def test_every_claim_and_experiment_has_a_verdict(report):
+    assert list(report.facts["verdicts"]) == [f"C{n}" for n in range(1, 7)] + [f"E{n}" for n in range(1, 8)]
+    for found in report.facts["verdicts"].values():
+        assert found["verdict"] in ("supported", "not supported", "untestable here")
+        assert found["reason"] in report.html.replace("&lt;", "<")
+    assert report.facts["verdicts"]["C6"]["reason"].startswith("inert")
+
+
+def test_numbers_come_from_the_results(tmp_path):
+    runs = fake.study(**SMALL)
+    before = build(fake.write(tmp_path, runs))
+    accuracy = {**runs["mask-prunable=0.8-s0"]["accuracy"], "retrain": {"validation": 0.1111, "test": 0.1234}}
+    change(tmp_path, "mask-prunable=0.8-s0", accuracy=accuracy)
+    after = build(tmp_path)
+    assert "11.11 / 12.34" not in before.markdown
+    assert "11.11 / 12.34" in after.markdown
+    assert after.facts["verdicts"]["C1"]["reason"] != before.facts["verdicts"]["C1"]["reason"]
+
+
+def test_means_and_deviations_on_the_page_are_right(tmp_path):
+    for seed, accuracy in enumerate((0.80, 0.81, 0.83)):
+        made = fake.result(seed=seed, target="prunable=0.8")
+        made["accuracy"]["retrain"]["test"] = accuracy
+        fake.write(tmp_path, {f"run-{seed}": made})
+    assert "81.33 ± 1.53 (3)" in build(tmp_path).markdown
+
+
+def test_groups_differ_in_more_than_the_seed(folder):
+    results = load_results(folder)
+    groups = {(g.name, g.target): [run.seed for run in g.runs] for g in results.groups}
+    assert groups["upop", "prunable=0.8"] == [0, 1, 2]
+    assert groups["upop, schedule=linear", "prunable=0.8"] == [0, 1, 2]
+    assert groups["upop, sparsity_attn=0, sparsity_mlp=0", "prunable=0.8"] == [0, 1, 2]
+    assert groups["upop, binarise=threshold, threshold=0.5", "open"] == [0, 1, 2]
+    assert groups["dense-continued", ""] == [0, 1, 2]
+    assert [run.label for run in results.dense] == ["dense"]
+
+
+def test_what_makes_a_variant_is_the_studys_base_where_it_says_so(tmp_path):
+    runs = {f"{s}-{n}": fake.result(seed=n, schedule=s) for s in ("linear", "sine") for n in range(3)}
+    entries = {label: {"differences": {}, "state": "done", "error": None} for label in runs}
+    fake.write(tmp_path, runs, {"runs": entries, "dense": None, "base": {"schedule": "linear"}})
+    assert [group.name for group in load_results(tmp_path).groups] == ["upop", "upop, schedule=sine"]
+
+
+def test_repeated_and_unlisted_results_are_left_out_aloud(tmp_path):
+    runs = {"a": fake.result(), "b": fake.result(out="elsewhere"), "stray": fake.result(seed=7)}
+    listed = {label: {"differences": {}, "state": "done", "error": None} for label in ("a", "b")}
+    results = load_results(fake.write(tmp_path, runs, {"runs": listed, "dense": None}))
+    assert [run.label for run in results.runs] == ["a"]
+    assert results.notes == (
+        "stray: not in study.json, left out",
+        "b: repeats the settings and seed of a, left out",
+    )
+
+
+def test_failed_and_missing_runs_are_counted_and_named(tmp_path):
+    runs = {
+        "good": {"differences": {}, "state": "done", "error": None},
+        "bad": {"differences": {}, "state": "failed", "error": "loss is not finite"},
+        "gone": {"differences": {}, "state": "missing", "error": None},
+    }
+    fake.write(tmp_path, {"good": fake.result()}, {"runs": runs, "dense": None})
+    page = build(tmp_path).markdown
+    assert "runs: 1 done, 1 failed, 1 missing" in page
+    assert "| bad | failed: loss is not finite |" in page
+
+
+def test_one_run_alone_makes_a_page(tmp_path):
+    made = fake.result(seed=3)
+    del made["accuracy"]["retrain"]
+    made["trajectory"] = None
+    page = build(fake.write(tmp_path, {"only": made}))
+    assert "No run recorded its masks over the search." in page.markdown
+    assert "n = 0 paired seeds, 3 needed" in page.markdown
+    assert "dense-continued not run" in page.markdown
+    assert "nan" not in page.markdown.lower()
+
+
+def test_a_dense_run_alone_makes_a_page(tmp_path):
+    assert "82.08" in build(fake.write(tmp_path, {"dense": fake.dense()})).markdown
+
+
+NASTY = "<script>alert(1)</script> & `x` | *y*"
+
+
+def test_labels_are_shown_not_run(tmp_path):
+    made = fake.result(seed=1)
+    made["command"], made["warnings"] = NASTY, [NASTY]
+    made["trajectory"]["step"] = made["trajectory"]["step"]
+    (tmp_path / "a<b>&amp;.json").write_text(json.dumps(made))
+    about = {"runs": {"a<b>&amp;": {"state": "done"}, NASTY: {"state": "failed", "error": NASTY}}, "dense": None}
+    fake.write(tmp_path, {}, {**about, "name": NASTY, "about": NASTY})
+    page = build(tmp_path)
+    assert "<script>alert" not in page.html
+    assert "a&lt;b&gt;&amp;amp;" in page.html
+    assert "<script>" not in page.markdown
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; \\`x\\` \\| \\*y\\*" in page.markdown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 1}, r"bad/result\.json: expected a result of schema 2, got schema 1; run it again"),
+        ({"status": "failed"}, r"bad/result\.json: expected status 'complete', got 'failed'"),
+        ({"ratio": None}, r"bad/result\.json: expected ratio\.prunable as a number, got nothing; run it again"),
+        ({"widths": {"before": {"attn": [64]}}}, r"bad/result\.json: expected widths as units per kind and layer"),
+        ({"accuracy": {"dense": {"test": 0.8}}}, r"accuracy\.dense\.validation as a fraction, got nothing"),
+        (
+            {"accuracy": {"dense": {"test": 82.0, "validation": 0.8}}},
+            r"accuracy\.dense\.test as a fraction, got 82\.0",
+        ),
+        ({"accuracy": []}, r"accuracy as an object, got \[\]"),
+        ({"config": {"method": "upop", "target": "x"}}, r"config\.seed as a whole number, got nothing"),
+        ({"trajectory": {"step": [1]}}, r"trajectory as null or step, ratio and mean_mask"),
+        ({"latency": {"1": {"before": {}}}}, r"latency as milliseconds"),
+    ],
+)
+def test_a_result_that_cannot_be_used_is_one_line(tmp_path, changes, message):
+    fake.write(tmp_path, {"good": fake.result(), "bad": {**fake.result(seed=1), **changes}})
+    with pytest.raises(UpopError, match=message) as caught:
+        build(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"bad\.json: expected readable JSON"),
+        ("[]", "a JSON object, got list"),
+        ('{"gap": NaN}', "the number NaN"),
+    ],
+)
+def test_files_that_are_no_results_are_one_line(tmp_path, text, message):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UpopError, match=message):
+        build(tmp_path)
+
+
+def test_empty_and_absent_folders_say_what_to_do(tmp_path):
+    with pytest.raises(UpopError, match="expected results, got none; run the study first"):
+        build(tmp_path)
+    with pytest.raises(UpopError, match="expected a folder with results, got none"):
+        build(tmp_path / "nowhere")
+
+
+def test_a_study_of_another_schema_is_refused(tmp_path):
+    fake.write(tmp_path, {"a": fake.result()})
+    (tmp_path / "study.json").write_text('{"schema": 9}')
+    with pytest.raises(UpopError, match=r"study\.json: expected a study of schema 1, got schema 9"):
+        build(tmp_path)
+
+
+def test_two_results_under_one_label_are_refused(tmp_path):
+    fake.write(tmp_path, {"a": fake.result()})
+    (tmp_path / "a.json").write_text(json.dumps(fake.result()))
+    with pytest.raises(UpopError, match="expected one result per label"):
+        build(tmp_path)
+
+
+ALONE = """
+import sys, types
+package = types.ModuleType("upop")
+package.__path__ = [sys.argv[1]]  # the package without its __init__, which has torch for everyone
+sys.modules["upop"] = package
+import pathlib, upop.report
+upop.report.build(pathlib.Path(sys.argv[2]))
+print(sorted({"torch", "transformers", "accelerate", "pydantic", "datasets"} & set(sys.modules)))
+"""
+
+
+def test_no_torch_is_needed(tmp_path):
+    fake.write(tmp_path, {"a": fake.result()})
+    command = [sys.executable, "-c", ALONE, str(Path(upop.__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_published_numbers_stand_beside_ours(report):
+    line = next(line for line in report.markdown.splitlines() if "retrained: mask-based" in line)
+    assert "77.9 %" in line
+    assert "points" not in line.split("|")[3]
+    assert re.search(r"\d\d\.\d\d ± \d\.\d\d % \(n = 3\)", line)
