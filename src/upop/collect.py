@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from upop.errors import UpopError
-from upop.records import load_results
+from upop.report.records import load_results
 
 KEEP = "study.json"
 

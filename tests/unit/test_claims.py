@@ -5,10 +5,10 @@ import math
 import fake_results as fake
 import pytest
 
-from upop import claims, verdicts
-from upop.paired import Side, compare, rectangle, stat, t_test
-from upop.records import Results, Run
-from upop.verdicts import NOT_SUPPORTED, SUPPORTED, UNTESTABLE, Contrast, combine, evaluate, judge
+from upop.report import claims, verdicts
+from upop.report.paired import Side, compare, rectangle, stat, t_test
+from upop.report.records import Results, Run
+from upop.report.verdicts import NOT_SUPPORTED, SUPPORTED, UNTESTABLE, Contrast, combine, evaluate, judge
 
 A, B = Side("unified"), Side("mask")
 

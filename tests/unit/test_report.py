@@ -11,7 +11,7 @@ import pytest
 
 import upop
 from upop.errors import UpopError
-from upop.report import build, load_results
+from upop.report.page import build, load_results
 
 SMALL = dict(seeds=(0, 1, 2), targets=("prunable=0.5", "prunable=0.8"))
 
@@ -217,8 +217,8 @@ import sys, types
 package = types.ModuleType("upop")
 package.__path__ = [sys.argv[1]]  # the package without its __init__, which has torch for everyone
 sys.modules["upop"] = package
-import pathlib, upop.report
-upop.report.build(pathlib.Path(sys.argv[2]))
+import pathlib, upop.report.page
+upop.report.page.build(pathlib.Path(sys.argv[2]))
 print(sorted({"torch", "transformers", "accelerate", "pydantic", "datasets"} & set(sys.modules)))
 """
 

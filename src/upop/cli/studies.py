@@ -109,7 +109,7 @@ def animate(
 
 
 def _write_report(results: Path, target: Path) -> None:
-    from upop.report import build
+    from upop.report.page import build
 
     made = build(results)
     target.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from upop import figures, progress_figures, verdicts
-from upop.figures import Figure, dense_level, spread, values
-from upop.paired import Row, Stat, accuracy_at
-from upop.records import CONTINUED, OPEN, Group, Results, Run, show
+from upop.report import figures, progress_figures, verdicts
+from upop.report.figures import Figure, dense_level, spread, values
+from upop.report.paired import Row, Stat, accuracy_at
+from upop.report.records import CONTINUED, OPEN, Group, Results, Run, show
 
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from upop.records import CONTINUED, OPEN, Run, removal, show
+from upop.report.records import CONTINUED, OPEN, Run, removal, show
 
 LEAST = 3  # pairs without which nothing is judged
 SAME_RATIO = 0.02  # achieved ratios further apart than this are not "the same ratio"

@@ -6,9 +6,9 @@ Pure functions; must not read files or format pages. What decides a claim is sai
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upop.paired import LEAST, LEVEL, Side, Stat, accuracy_at, compare, stat, t_test
-from upop.records import CONTINUED, Results, Run, removal
-from upop.verdicts import (
+from upop.report.paired import LEAST, LEVEL, Side, Stat, accuracy_at, compare, stat, t_test
+from upop.report.records import CONTINUED, Results, Run, removal
+from upop.report.verdicts import (
     NOT_SUPPORTED,
     SUPPORTED,
     UNTESTABLE,

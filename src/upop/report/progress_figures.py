@@ -5,8 +5,8 @@ Plain plotly dictionaries as in `figures`, under the same promises.
 
 from collections.abc import Sequence
 
-from upop.figures import KINDS, SCALE, Figure, Json, base_layout, color, panel, plain, rounded, spread, values
-from upop.records import Group, Results, Run, removal
+from upop.report.figures import KINDS, SCALE, Figure, Json, base_layout, color, panel, plain, rounded, spread, values
+from upop.report.records import Group, Results, Run, removal
 from upop.schedules import SCHEDULES
 
 SCHEDULE_COLORS = dict(

@@ -3,11 +3,11 @@
 Under the same promises as `sections`.
 """
 
-from upop.figures import dense_level, spread, values
-from upop.paired import Stat, accuracy_at
-from upop.records import CONTINUED, DENSE, Group, Results, Run, removal, show
-from upop.references import CAVEATS, OWN_SETTING, PAPER, PUBLISHED, Published
-from upop.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name
+from upop.report.figures import dense_level, spread, values
+from upop.report.paired import Stat, accuracy_at
+from upop.report.records import CONTINUED, DENSE, Group, Results, Run, removal, show
+from upop.report.references import CAVEATS, OWN_SETTING, PAPER, PUBLISHED, Published
+from upop.report.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name
 
 STAGES = (DENSE, "search", "slim", "retrain")
 

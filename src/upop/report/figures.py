@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upop.paired import Stat, accuracy_at, stat
-from upop.records import CONTINUED, DENSE, OPEN, Group, Results, Run, removal
+from upop.report.paired import Stat, accuracy_at, stat
+from upop.report.records import CONTINUED, DENSE, OPEN, Group, Results, Run, removal
 
 Json = dict[str, Any]
 # Okabe and Ito's palette (told apart by the colour-blind); dash and symbol repeat what the colour says.

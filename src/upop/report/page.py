@@ -13,9 +13,9 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from upop import claims, provenance_sections, sections, verdicts
-from upop.records import Results, load_results
-from upop.sections import Section
+from upop.report import claims, provenance_sections, sections, verdicts
+from upop.report.records import Results, load_results
+from upop.report.sections import Section
 
 __all__ = ["Report", "build", "load_results"]
 NUMBER = re.compile(r"[+\N{MINUS SIGN}-]?\.?\d[\d.,e+-]*([ x].*)?|–|< .*")

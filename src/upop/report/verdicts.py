@@ -6,8 +6,8 @@ Pure functions; must not know which claims there are, read files or format pages
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from upop.paired import LEAST, LEVEL, Comparison, Row, Side, Stat, compare
-from upop.records import Results, removal
+from upop.report.paired import LEAST, LEVEL, Comparison, Row, Side, Stat, compare
+from upop.report.records import Results, removal
 
 SUPPORTED, NOT_SUPPORTED, UNTESTABLE = VERDICTS = ("supported", "not supported", "untestable here")
 STAGES = {"retrain": "retrained", "slim": "slimmed, not retrained"}

@@ -1,0 +1,1 @@
+"""The report of a study: claims judged, figures and tables, one page; needs no torch and writes nothing."""
