@@ -36,22 +36,25 @@ def plain_batches(plan: Plan, split: Split, accelerator: Accelerator) -> Batches
 def measure_scores(plan: Plan, accelerator: Accelerator, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """`accuracy` and `loss` per stage and split, with `warnings` to read first. Reads the test split, once.
 
-    A dense model that a run has made and measured on the same data is not measured again.
+    A dense model that a run has made and measured on the same data is not measured again, and the masked model, which
+    nobody keeps, is judged on the validation split alone.
     """
     data = plan.data
     known = {} if plan.config.has("dense") else recorded(Path(plan.config.model), data.facts())
     splits = {"validation": data.validation} | ({"test": data.test} if data.test is not None else {})
     scores: dict[str, dict[str, Score]] = {}
     for name, split in splits.items():
-        todo = {stage: model for stage, model in models.items() if stage != "dense" or name not in known}
+        skip = [*(["dense"] if name in known else []), *(["search"] if name == "test" else [])]
+        todo = {stage: model for stage, model in models.items() if stage not in skip}
         found = evaluate(todo, plain_batches(plan, split, accelerator), accelerator=accelerator)
-        before = {} if "dense" in todo else {"dense": Score(**known[name], images=len(split))}
+        before = {} if name not in known else {"dense": Score(**known[name], images=len(split))}
         scores[name] = before | found
-    accuracy = {stage: {split: found[stage].accuracy for split, found in scores.items()} for stage in models}
+    stages = {stage: {split: found[stage] for split, found in scores.items() if stage in found} for stage in models}
+    accuracy = {stage: {split: score.accuracy for split, score in found.items()} for stage, found in stages.items()}
     return {
         "warnings": [*plan.loaded.notes, *_warnings(accuracy, data.validation.labels)],
         "accuracy": accuracy,
-        "loss": {stage: {split: found[stage].loss for split, found in scores.items()} for stage in models},
+        "loss": {stage: {split: score.loss for split, score in found.items()} for stage, found in stages.items()},
     }
 
 

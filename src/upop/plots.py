@@ -3,6 +3,7 @@
 Must not need torch: pictures can be redrawn from a result.json anywhere.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,11 @@ def stages(result: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     width = 0.8 / len(splits)
     for index, split in enumerate(splits):
-        values = [100 * accuracy[name][split] for name in names]
+        # The masked model is judged on the validation split alone.
+        values = [100 * accuracy[name].get(split, math.nan) for name in names]
         places = [n + (index - (len(splits) - 1) / 2) * width for n in range(len(names))]
         bars = axes.bar(places, values, width=width * 0.94, color=COLORS.get(split, "#555555"), label=split)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+        axes.bar_label(bars, labels=["" if math.isnan(v) else f"{v:.1f}" for v in values], fontsize=8, padding=1)
     axes.set_xticks(range(len(names)), [STAGE_LABELS.get(name, name) for name in names])
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 109)

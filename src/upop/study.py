@@ -140,7 +140,7 @@ def run_study(
                 ran.append(outcome.label)
                 run = by_label[outcome.label]
                 result = _take(standing, run, outcome)
-                error = None if result is not None else outcome.error or "it left no result that counts"
+                error = None if result is not None else standing.failure(run)
                 seconds = time.monotonic() - started.get(outcome.label, began)
                 write_manifest(standing)
                 observer.finished(outcome.label, error, result, seconds)
@@ -214,7 +214,7 @@ def _take(standing: Standing, run: StudyRun, outcome: Outcome) -> Result | None:
     if result is not None:
         file.unlink(missing_ok=True)
         return result
-    why = outcome.error or standing.reasons.get(run.label, "it left no result")
+    why = outcome.error or f"its result does not count: {standing.reasons.get(run.label, 'there is none')}"
     file.parent.mkdir(exist_ok=True)
     record = {"label": run.label, "error": why, "command": command_line(run.config), "given": given_values(run.config)}
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ model = "deit-digits"
 epochs_dense = 2
 batch_size = 64
 flip = false
+threads = 1
 [base]
 data = "digits"
 epochs_search = 0.5

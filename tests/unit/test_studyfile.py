@@ -46,7 +46,7 @@ def test_a_run_in_two_grids_is_one_run(tmp_path):
 def test_runs_and_the_dense_model_share_what_they_must(tmp_path):
     made = study(tmp_path, BASE + '[[grid]]\nmethod = "upop"\n', data="cifar10")
     assert made.dense.config.data == made.runs[0].config.data == "cifar10"
-    assert made.dense.config.threads == 1
+    assert made.dense.config.threads is None, "it runs alone: all cores unless its own table says otherwise"
     assert made.dense.config.stages == "dense"
 
 

@@ -99,7 +99,7 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     labels = {"dense": "dense", "search": "after search, masked", "slim": "slimmed", "retrain": "retrained"}
     accuracy = table("", *(f"{split} accuracy" for split in splits))
     for stage, found in result["accuracy"].items():
-        accuracy.add_row(labels[stage], *(f"{100 * found[split]:.2f} %" for split in splits))
+        accuracy.add_row(labels[stage], *(f"{100 * found[split]:.2f} %" if split in found else "" for split in splits))
     sizes = table("", "before", "after", "ratio")
     for label, key in (("parameters", "params"), ("MACs an image", "macs")):
         before, after = result[key]["before"], result[key]["after"]
@@ -133,7 +133,11 @@ def print_promises(result: Mapping[str, Any]) -> None:
         f"{found['before']['median_ms'] / found['after']['median_ms']:.2f} times at batch {batch}"
         for batch, found in result["latency"].items()
     )
-    same = "the same" if result["accuracy"]["search"] == result["accuracy"]["slim"] else "NOT the same"
+    same = (
+        "the same"
+        if result["accuracy"]["search"]["validation"] == result["accuracy"]["slim"]["validation"]
+        else "NOT the same"
+    )
     out.print(f"same outputs: masked and slimmed logits differ by at most {result['gap']:.1e}; accuracy is {same}")
     out.print(f"smaller: {100 * (1 - params['after'] / params['before']):.1f} % of the parameters are gone")
     out.print(f"faster: {speed}, measured side by side")

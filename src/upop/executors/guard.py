@@ -100,6 +100,8 @@ def main() -> None:
             where = f"{error.filename}: " if error.filename else ""
             answer = {"code": 127, "line": f"{where}{error.strerror} on {socket.gethostname()}", "attempts": 1}
     os.write(1, json.dumps(answer).encode())
+    # The watching thread sits in a read of stdin, which an orderly end of the interpreter would trip over.
+    os._exit(0)
 
 
 def _die_with_parent() -> None:

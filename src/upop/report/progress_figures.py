@@ -120,7 +120,7 @@ def slimming(results: Results) -> Figure:
     choices = {}
     for target in sorted({group.target for group in results.groups if group.target}, key=removal):
         groups = [(group.name, group) for group in results.groups if group.target == target]
-        choices[target] = _stages([(n, g) for n, g in groups if not g.variant] or groups, stages)
+        choices[target] = _stages([(n, g) for n, g in groups if not g.variant] or groups, stages, "validation")
     return Figure("slimming", "Mean and standard deviation over seeds, standard settings.", choices, "Ratio")
 
 
@@ -131,11 +131,11 @@ STAGE_STYLE = {
 }
 
 
-def _stages(groups: Sequence[tuple[str, Group]], stages: dict[str, str]) -> Json:
-    """Test accuracy on the horizontal axis, a row per name, a symbol per stage."""
+def _stages(groups: Sequence[tuple[str, Group]], stages: dict[str, str], split: str = "test") -> Json:
+    """Accuracy on the horizontal axis, a row per name, a symbol per stage."""
     data = []
     for stage, title in stages.items():
-        found = [(name, values(group, lambda run, stage=stage: run.accuracy(stage))) for name, group in groups]  # type: ignore[misc]
+        found = [(name, values(group, lambda run, stage=stage: run.accuracy(stage, split))) for name, group in groups]  # type: ignore[misc]
         rows = [(plain(name), value) for name, value in found if value]
         data.append(
             {
@@ -150,7 +150,7 @@ def _stages(groups: Sequence[tuple[str, Group]], stages: dict[str, str]) -> Json
                 "marker": STAGE_STYLE[stage],
             }
         )
-    layout = base_layout("test accuracy, %", "", 190 + 32 * len(groups))
+    layout = base_layout(f"{split} accuracy, %", "", 190 + 32 * len(groups))
     layout["yaxis"]["autorange"] = "reversed"
     layout["legend"] |= {"y": 1.0, "yanchor": "bottom"}
     return {"data": data, "layout": layout}

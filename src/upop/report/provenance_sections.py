@@ -9,7 +9,8 @@ from upop.report.records import CONTINUED, DENSE, Group, Results, Run, removal, 
 from upop.report.references import CAVEATS, OWN_SETTING, PAPER, PUBLISHED, Published
 from upop.report.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name
 
-STAGES = (DENSE, "search", "slim", "retrain")
+SPLIT = {DENSE: "test", "search": "validation", "slim": "test", "retrain": "test"}
+STAGES = tuple(SPLIT)
 
 
 def published(results: Results) -> Section:
@@ -97,10 +98,19 @@ def _other(method: str, run: Run, results: Results) -> float | None:
 
 
 def all_runs(results: Results) -> Section:
-    columns = ("settings", "ratio", "n", "dense", "masked", "slimmed", "retrained", "removed of prunable, %")
+    columns = (
+        "settings",
+        "ratio",
+        "n",
+        "dense",
+        "masked (validation)",
+        "slimmed",
+        "retrained",
+        "removed of prunable, %",
+    )
     rows, details = [], []
     for group in results.groups:
-        stages = [percent(values(group, lambda run, s=stage: run.accuracy(s))) for stage in STAGES]  # type: ignore[misc]
+        stages = [percent(values(group, lambda run, s=stage: run.accuracy(s, SPLIT[s]))) for stage in STAGES]  # type: ignore[misc]
         removed = values(group, _removed)
         rows.append((group.name, ratio_name(group.target), str(len(group.runs)), *stages, percent(removed)))
         details.append(_per_seed(group.runs))
@@ -132,7 +142,7 @@ def _per_seed(runs: tuple[Run, ...]) -> Table:
     rows = []
     for run in runs:
         pairs = [(run.accuracy(stage, "validation"), run.accuracy(stage)) for stage in STAGES]
-        cells = [NOTHING if v is None or t is None else f"{v:.2f} / {t:.2f}" for v, t in pairs]
+        cells = [NOTHING if v is None else f"{v:.2f} / {NOTHING if t is None else f'{t:.2f}'}" for v, t in pairs]
         minutes = (run.data.get("seconds") or {}).get("all")
         said = "; ".join(map(str, run.data.get("warnings") or ())) or NOTHING
         rows.append((run.label, str(run.seed), *cells, f"{minutes / 60:.1f}" if minutes else NOTHING, said))

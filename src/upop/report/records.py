@@ -70,7 +70,8 @@ class Run:
         stages: Mapping[str, Mapping[str, float]] = self.data["accuracy"]
         if stage == "last":
             stage = next(name for name in ("retrain", "slim", "search", DENSE) if name in stages)
-        return 100 * stages[stage][split] if stage in stages else None
+        found = stages.get(stage, {}).get(split)
+        return None if found is None else 100 * found
 
     def kept(self, kind: str) -> tuple[float, ...]:
         """Surviving share of the units of a kind, per layer, in [0, 1]."""
@@ -245,7 +246,7 @@ def _requirements(data: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
         yield key, "text", lambda value: isinstance(value, str)
     yield "accuracy.dense", "an object", lambda value: isinstance(value, dict)
     for stage in data["accuracy"]:
-        for split in ("validation", "test"):
+        for split in ("validation",) if stage == "search" else ("validation", "test"):
             yield f"accuracy.{stage}.{split}", "a fraction", lambda value: _is_number(value) and 0 <= value <= 1
     if set(data["accuracy"]) == {DENSE} or data["config"]["method"] == CONTINUED:
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from upop.report import figures, progress_figures, verdicts
 from upop.report.figures import Figure, dense_level, spread, values
-from upop.report.paired import Row, Stat, accuracy_at
+from upop.report.paired import Row, Stat
 from upop.report.records import CONTINUED, OPEN, Group, Results, Run, show
 
 NOTHING = "–"
@@ -311,8 +311,8 @@ def slimming(results: Results) -> Section:
         "slimming",
         "The gap: before and after slimming",
         (
-            "Masked: at the end of the search, with soft masks for mask and unified, and still unpruned for one-shot "
-            "methods. The logit difference is between the model with the final, binary masks and the slimmed one.",
+            "Validation accuracy. Masked: at the end of the search, with soft masks for mask and unified, and still "
+            "unpruned for others that cut once. The logit difference is between that model and the slimmed one.",
         ),
         (Table(columns, rows, baseline(results)),),
         (progress_figures.slimming(results),),
@@ -321,9 +321,10 @@ def slimming(results: Results) -> Section:
 
 
 def _gap(group: Group) -> list[str]:
-    stages = [values(group, lambda run, s=stage: run.accuracy(s)) for stage in ("search", "slim")]  # type: ignore[misc]
-    both = [run for run in group.runs if run.accuracy("search") is not None and run.accuracy("slim") is not None]
-    steps = [accuracy_at(run, "slim") - accuracy_at(run, "search") for run in both]
+    split = "validation"
+    pairs = [[run.accuracy(stage, split) for stage in ("search", "slim")] for run in group.runs]
+    stages = [values(group, lambda run, s=stage: run.accuracy(s, split)) for stage in ("search", "slim")]  # type: ignore[misc]
+    steps = [slim - masked for masked, slim in pairs if masked is not None and slim is not None]
     gaps = [float(run.data["gap"]) for run in group.runs if run.data["gap"] is not None]
     step = points(sum(steps) / len(steps)) if steps else NOTHING
     return [*map(percent, stages), step, f"{max(gaps):.1e}" if gaps else NOTHING]
