@@ -15,6 +15,16 @@ except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
 
+
+def __getattr__(name: str) -> object:
+    # transformers' Trainer takes seconds to import: only for those who use it.
+    if name == "SearchCallback":
+        from upop.callback import SearchCallback
+
+        return SearchCallback
+    raise AttributeError(f"module 'upop' has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 __all__ = [
     "Analysis",

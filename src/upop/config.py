@@ -101,6 +101,7 @@ class PruneConfig(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of training; results are read in float32")
     attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="attention kernel in training")
     threads: int | None = Field(None, ge=1, description="CPU threads (all cores); results depend on it by rounding")
+    checkpoint_minutes: float = Field(5.0, ge=0, description="time between two checkpoints, for --resume")
     latency_seconds: float = Field(5.0, gt=0, description="time to measure latency, per batch size")
     compile: bool = Field(False, description="torch.compile the model")
     workers: int = Field(2, ge=0, description="decoding processes, for data sets too large for memory")
@@ -200,7 +201,7 @@ class PruneConfig(BaseModel):
 
 def given_values(config: PruneConfig) -> dict[str, Any]:
     """What of a configuration decides its numbers, as plain values: all but where results go and who watches."""
-    values = config.model_dump(exclude={"out", "tracker"})
+    values = config.model_dump(exclude={"out", "tracker", "checkpoint_minutes"})
     # A folder is known by its weights, wherever it lies.
     return values | ({"model": "a folder"} if Path(config.model).is_dir() else {})
 

@@ -27,6 +27,10 @@ class TrainingError(UpopError):
     """Training that cannot go on, such as a loss that is no longer finite."""
 
 
+class StopError(UpopError):
+    """A run was asked to stop, by a signal, and says how to go on."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1)

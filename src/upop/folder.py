@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MARK = ".upop-run"  # says that a run of upop made the folder
 FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
 # `upop` holds what some trackers write.
-FOLDERS = ("dense", "slim", "model", "last-good", "upop")
+FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints", "upop")
 
 
 def is_main_process() -> bool:
@@ -67,6 +67,11 @@ class RunFolder:
             what = sorted(foreign)[0] if foreign else "files"
             raise UpopError(f"out {self.path}: holds {what}, which no run of upop wrote; choose a new or empty folder")
         if not overwrite:
+            if not (self.path / "result.json").exists() and (self.path / "checkpoints").exists():
+                raise UpopError(
+                    f"out {self.path}: holds a run that was stopped; go on with --resume {self.path}, or start over "
+                    "with --overwrite"
+                )
             raise UpopError(f"out {self.path}: already holds a run; choose another folder, or say --overwrite")
 
     def claim(self, config: str) -> None:
@@ -116,6 +121,15 @@ class RunFolder:
         if self.main:
             with disk_errors(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, 0 where there is none."""
+        return (self.path / name).stat().st_size if (self.path / name).exists() else 0
+
+    def cut(self, name: str, size: int) -> None:
+        """Take from a file what was added after it had `size` bytes."""
+        if self.main and self.size(name) > size:
+            os.truncate(self.path / name, size)
 
     def remove(self, name: str) -> None:
         if self.main:
@@ -184,7 +198,7 @@ def provenance(device: "torch.device", command: str | None = None) -> dict[str, 
     commit = _git("rev-parse", "HEAD")
     packages = ("upop", "torch", "transformers", "accelerate", "numpy")
     return {
-        "command": command or _own_command(),
+        "command": command or own_command(),
         # Of the source tree that upop runs from; none when it is installed as a package.
         "commit": f"{commit}{'-dirty' if _git('status', '--porcelain', '-uno') else ''}" if commit else None,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -201,12 +215,12 @@ def provenance(device: "torch.device", command: str | None = None) -> dict[str, 
     }
 
 
-def _own_command() -> str:
+def own_command() -> str:
+    """What was typed to start this process, as one would type it again."""
     name = Path(sys.argv[0]).name
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--go-on")]
     # `python -m upop.cli` is how launchers say it.
-    return shlex.join(
-        ["upop" if name in ("cli.py", "__main__.py") else name, *(a for a in sys.argv[1:] if a != "--overwrite")]
-    )
+    return shlex.join(["upop" if name in ("cli.py", "__main__.py") else name, *arguments])
 
 
 def _git(*arguments: str) -> str:

@@ -58,6 +58,12 @@ class Growth:
             return self.end
         return self.start + (self.end - self.start) * (step % self.every + 1) / self.every
 
+    @property
+    def cost_of_training(self) -> float:
+        """Accuracy lost at a check with nothing removed: what the search costs by its learning rate alone."""
+        dense = self.history[0]["accuracy"] if self.history else 0.0
+        return max([0.0, *(dense - seen["accuracy"] for seen in self.history if seen["ratio"] == 0)])
+
     def observe(self, accuracy: float, step: int) -> None:
         """Take in the accuracy after `step` steps, at the ratio now in force; decides the next ratio."""
         good = not self.accepted or self.end == 0 or accuracy >= self._least()

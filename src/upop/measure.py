@@ -33,39 +33,53 @@ def plain_batches(plan: Plan, split: Split, accelerator: Accelerator) -> Batches
     return make_batches(split, plan.config, plan.loaded, accelerator, classes=len(plan.data.classes))
 
 
-def measure_scores(plan: Plan, accelerator: Accelerator, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+def measure_scores(
+    plan: Plan, accelerator: Accelerator, models: Mapping[str, nn.Module], *, masked: Mapping[str, Any]
+) -> dict[str, Any]:
     """`accuracy` and `loss` per stage and split, with `warnings` to read first. Reads the test split, once.
 
-    A dense model that a run has made and measured on the same data is not measured again, and the masked model, which
-    nobody keeps, is judged on the validation split alone.
+    A dense model that a run has made and measured on the same data is not measured again. `masked` is what
+    `measure_masked` found at the end of the search.
     """
     data = plan.data
     known = {} if plan.config.has("dense") else recorded(Path(plan.config.model), data.facts())
     splits = {"validation": data.validation} | ({"test": data.test} if data.test is not None else {})
     scores: dict[str, dict[str, Score]] = {}
     for name, split in splits.items():
-        skip = [*(["dense"] if name in known else []), *(["search"] if name == "test" else [])]
-        todo = {stage: model for stage, model in models.items() if stage not in skip}
+        todo = {stage: model for stage, model in models.items() if stage != "dense" or name not in known}
         found = evaluate(todo, plain_batches(plan, split, accelerator), accelerator=accelerator)
         before = {} if name not in known else {"dense": Score(**known[name], images=len(split))}
         scores[name] = before | found
     stages = {stage: {split: found[stage] for split, found in scores.items() if stage in found} for stage in models}
     accuracy = {stage: {split: score.accuracy for split, score in found.items()} for stage, found in stages.items()}
+    loss = {stage: {split: score.loss for split, score in found.items()} for stage, found in stages.items()}
+    if masked:
+        accuracy = _after_dense(accuracy, {"validation": masked["accuracy"]})
+        loss = _after_dense(loss, {"validation": masked["loss"]})
     return {
         "warnings": [*plan.loaded.notes, *_warnings(accuracy, data.validation.labels)],
         "accuracy": accuracy,
-        "loss": {stage: {split: score.loss for split, score in found.items()} for stage, found in stages.items()},
+        "loss": loss,
     }
 
 
+def _after_dense(found: dict[str, dict[str, float]], masked: dict[str, float]) -> dict[str, dict[str, float]]:
+    """With the masked model's numbers in their place, between dense and slimmed."""
+    return {"dense": found["dense"], "search": masked} | found
+
+
 @torch.no_grad()
-def measure_gap(plan: Plan, accelerator: Accelerator, models: Mapping[str, nn.Module]) -> float | None:
-    """Largest difference between masked and slimmed logits over a batch of validation images."""
-    if "slim" not in models:
-        return None
-    images, _ = next(iter(plain_batches(plan, plan.data.validation, accelerator)))
-    outputs: list[Any] = [models[name](pixel_values=images) for name in ("search", "slim")]
-    return float((outputs[0].logits - outputs[1].logits).abs().max())
+def measure_masked(plan: Plan, accelerator: Accelerator, masked: nn.Module, small: nn.Module) -> dict[str, float]:
+    """Accuracy and loss of the masked model, which nobody keeps, on the validation split alone; and `gap`.
+
+    The gap is the largest difference between masked and slimmed logits over a batch of validation images.
+    """
+    batches = plain_batches(plan, plan.data.validation, accelerator)
+    score = evaluate({"search": masked}, batches, accelerator=accelerator)["search"]
+    images, _ = next(iter(batches))
+    outputs: list[Any] = [model(pixel_values=images) for model in (masked, small)]
+    gap = float((outputs[0].logits - outputs[1].logits).abs().max())
+    return {"accuracy": score.accuracy, "loss": score.loss, "gap": gap}
 
 
 def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: nn.Module) -> dict[str, Any]:

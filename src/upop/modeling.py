@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from upop.errors import ModelError
-from upop.families.hf import find_structures
+from upop.families.hf import VIT
 from upop.pretrained import PrunedConfig, PrunedDeiTConfig, PrunedViTConfig
 from upop.structures import widths
 from upop.surgery import cut_
@@ -70,7 +70,7 @@ AutoModelForImageClassification.register(
 def _narrow_(model: nn.Module, config: PrunedConfig) -> None:
     """Cut the Linears of a freshly built model to the widths of its config; works on the meta device too."""
     wanted = {"attn": config.attn_widths, "mlp": config.mlp_widths}
-    structures = find_structures(model)
+    structures = VIT.find(model)
     keep = {}
     for s in structures:
         kind_widths = wanted[s.kind]
@@ -87,7 +87,7 @@ def adopt_(model: nn.Module) -> None:
     config_class = PrunedViTConfig if isinstance(model, ViTForImageClassification) else PrunedDeiTConfig
     stock: Any = model
     values = {k: v for k, v in stock.config.to_dict().items() if k not in ("model_type", "transformers_version")}
-    values |= {f"{kind}_widths": numbers for kind, numbers in widths(find_structures(model)).items()}
+    values |= {f"{kind}_widths": numbers for kind, numbers in widths(VIT.find(model)).items()}
     config = config_class.from_dict(values, attn_implementation=stock.config._attn_implementation)
     pruned = _pruned_class(type(model))
     config.architectures = [pruned.__name__]

@@ -4,9 +4,11 @@ Must not train, and must not write anything.
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from upop.analysis import Analysis, analyze
-from upop.config import PruneConfig
+from upop.config import PruneConfig, given_values
 from upop.data import Augment, Batches, ImageData, Split, load_data
-from upop.errors import UpopError
+from upop.errors import ModelError, UpopError
+from upop.families import find_family
+from upop.folder import weights_hash
 from upop.methods import METHODS
 from upop.models import LoadedModel, fit_head_, load_model
 from upop.profiling import count_macs
@@ -25,6 +29,7 @@ from upop.search import equal_sparsity
 from upop.slim import slim
 from upop.targets import Target
 from upop.train import count_steps
+from upop.version import code_version
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,15 @@ class Plan:
     macs_after: int
     steps: Mapping[str, int]
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be the same run."""
+        return {
+            "configuration": json.loads(json.dumps(given_values(self.given))),
+            "code": code_version(),
+            "data": self.data.fingerprint,
+            "start": weights_hash(Path(self.given.model)),
+        }
+
 
 def make_plan(config: PruneConfig) -> Plan:
     """Load model and data and check that the run can be done, without training or writing anything.
@@ -62,6 +76,11 @@ def make_plan(config: PruneConfig) -> Plan:
     target = None if config.open_ended else Target.parse(config.target)
     loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
     analyze(loaded.model)  # refuses an unsupported model before any data is read
+    if config.has("search") and not find_family(loaded.model).saves:
+        raise ModelError(
+            f"{config.model}: slimmed models of the class {type(loaded.model).__name__} cannot be saved yet, only ViT "
+            "and DeiT can; prune it in a loop of your own with upop.Search"
+        )
     data = read_data(config, loaded.image_size)
     replace = config.has("dense") or not loaded.trained
     fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)

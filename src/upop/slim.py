@@ -11,6 +11,10 @@ from upop.families import find_family
 from upop.structures import check_keep
 from upop.surgery import Keep, set_sizes_, smaller_parameters
 
+# What Accelerate leaves on a prepared model: a copy that kept them would count as prepared, and run in the wrong
+# precision or unwrapped in several processes.
+ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
+
 
 def slim(model: nn.Module, keep: Keep) -> nn.Module:
     """A new model without the units where `keep` is False; `model` stays as it is.
@@ -32,6 +36,8 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
         if "forward" in module.__dict__:
             memo[id(module.__dict__["forward"])] = None
     small = copy.deepcopy(model, memo)
+    for mark in ACCELERATE_MARKS:
+        vars(small).pop(mark, None)
     for path in parameters:
         small.get_submodule(path).__dict__.pop("forward", None)
     set_sizes_(small, structures, keep)

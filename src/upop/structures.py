@@ -29,11 +29,15 @@ class Port:
     The Linear's output rows (of a producer) or input columns (of a consumer) are laid out as
     (outer, units, inner), units being the structure's. The head dims of a q projection with H heads have
     `outer=H`: row `h * K + u` belongs to unit `u`.
+
+    The rows of the first `rescaled` of the outer groups are multiplied by sqrt(kept / units) when units are cut: those
+    of q, in a model that divides the attention's logits by the square root of whatever width it finds.
     """
 
     path: str
     outer: int = 1
     inner: int = 1
+    rescaled: int = 0
 
     def expand(self, values_U: Tensor) -> Tensor:
         """Per-unit values [U] as per-row (or per-column) values [outer * U * inner]; differentiable."""
@@ -42,11 +46,17 @@ class Port:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A number on a module that follows a structure's width, such as `head_dim`: `per_unit * kept units`."""
+    """A number on a module that follows a structure's width, such as `head_dim`: `per_unit * kept ** exponent`."""
 
     path: str
     name: str
-    per_unit: int = 1
+    per_unit: float = 1
+    exponent: float = 1
+
+    def at(self, kept: int) -> float:
+        """The number for `kept` units; an int where per_unit and exponent are."""
+        number: float = self.per_unit * kept**self.exponent
+        return number
 
 
 @dataclass(frozen=True)

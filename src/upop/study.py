@@ -176,6 +176,7 @@ def write_manifest(standing: Standing) -> None:
         "schema": MANIFEST_SCHEMA,
         "name": study.name,
         **study.texts,
+        "command": study.texts["command"] or f"upop study {study.name}",
         "seeds": list(study.seeds),
         "base": dict(study.base),
         "dense": DENSE if study.dense else None,
@@ -196,11 +197,11 @@ def _job(run: StudyRun, standing: Standing, observer: Observer | None) -> Job:
     arguments = shlex.split(command)[1:]
 
     def call() -> None:
-        prune(run.config, overwrite=True, observer=observer, command=command)
+        prune(run.config, go_on=True, observer=observer, command=command)
 
     return Job(
         label=run.label,
-        command=(sys.executable, "-m", "upop.cli", *arguments, "--overwrite"),
+        command=(sys.executable, "-m", "upop.cli", *arguments, "--go-on"),
         folder=standing.folder(run),
         threads=run.config.threads,
         call=call,

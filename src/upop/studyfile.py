@@ -16,13 +16,12 @@ Must not run anything.
 
 import itertools
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upop.config import ConfigError, PruneConfig, make_config
+from upop.config import ConfigError, PruneConfig, load_config, make_config
 from upop.errors import nearest
 
 ALWAYS = ("method", "target", "seed")  # named in every label
@@ -103,12 +102,7 @@ def load_study(path: Path, out: Path, overrides: Mapping[str, Any] | None = None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected TOML ({error})") from None
+    raw = load_config(path)
     known = (*TEXTS, "seeds", *TABLES)
     for key in raw:
         if key not in known:

@@ -30,7 +30,11 @@ def smaller_parameters(
     model: nn.Module, structures: Sequence[Structure], keep: Keep
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Path of each Linear that structures touch -> its `weight` (and `bias`) with only what stays, as copies."""
-    return {path: _sliced(linear(model, path), *stays) for path, stays in _kept(structures, keep).items()}
+    gains = _gains(structures, keep)
+    return {
+        path: _sliced(linear(model, path), rows, columns, gains.get(path))
+        for path, (rows, columns) in _kept(structures, keep).items()
+    }
 
 
 def set_sizes_(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
@@ -38,7 +42,7 @@ def set_sizes_(model: nn.Module, structures: Sequence[Structure], keep: Keep) ->
     for s in structures:
         width = int(keep[s.name].sum())
         for attribute in s.attributes:
-            setattr(model.get_submodule(attribute.path), attribute.name, attribute.per_unit * width)
+            setattr(model.get_submodule(attribute.path), attribute.name, attribute.at(width))
         for port in (*s.producers, *s.consumers):
             module = linear(model, port.path)
             module.out_features, module.in_features = module.weight.shape
@@ -62,17 +66,43 @@ def _kept(structures: Sequence[Structure], keep: Keep) -> dict[str, tuple[Tensor
     }
 
 
+def _gains(structures: Sequence[Structure], keep: Keep) -> dict[str, Tensor]:
+    """Path of a Linear -> factors, float64, one a row that STAYS, where a structure's port asks for rescaling."""
+    gains: dict[str, Tensor] = {}
+    for s in structures:
+        kept = int(keep[s.name].sum())
+        for port in s.producers:
+            if port.rescaled:
+                outer = torch.ones(port.outer, kept * port.inner, dtype=torch.float64, device="cpu")
+                outer[: port.rescaled] = (kept / s.units) ** 0.5
+                assert port.path not in gains, "one structure alone may own rows that are rescaled"
+                gains[port.path] = outer.reshape(-1)
+    return gains
+
+
 @torch.no_grad()
-def _sliced(module: nn.Linear, rows: Tensor | None, columns: Tensor | None) -> dict[str, nn.Parameter]:
+def _sliced(
+    module: nn.Linear, rows: Tensor | None, columns: Tensor | None, gains: Tensor | None
+) -> dict[str, nn.Parameter]:
     weight, bias = module.weight, module.bias
     cut = weight.detach()
     if rows is not None:
         cut = cut[rows.to(cut.device)]
+    if gains is not None:
+        cut = _rescaled(cut, gains.unsqueeze(1))
     if columns is not None:
         cut = cut[:, columns.to(cut.device)]
     result = {"weight": nn.Parameter(cut, requires_grad=weight.requires_grad)}
     if bias is not None:
         # Indexing copies; a bias of which nothing is cut must not share memory with the original either.
         cut = bias.detach().clone() if rows is None else bias.detach()[rows.to(bias.device)]
+        if gains is not None:
+            cut = _rescaled(cut, gains)
         result["bias"] = nn.Parameter(cut, requires_grad=bias.requires_grad)
     return result
+
+
+def _rescaled(values: Tensor, gains: Tensor) -> Tensor:
+    # Rounded once, at the end: a factor in bfloat16 would be off by up to 0.4 %.
+    precise = torch.promote_types(values.dtype, torch.float32)
+    return (values.to(precise) * gains.to(values.device, precise)).to(values.dtype)

@@ -128,6 +128,16 @@ class TraceRecorder:
         self._ratio.append(ratio)
         self._frames.append(quantise(np.concatenate(values)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded so far, for `load_state_dict` of another recorder of the same search."""
+        frames = np.stack(self._frames) if self._frames else np.zeros((0, 0), dtype=np.uint8)
+        return {"step": list(self._step), "ratio": list(self._ratio), "next": self._next, "frames": frames}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._step, self._ratio, self._next = list(state["step"]), list(state["ratio"]), state["next"]
+        self._frames = list(np.asarray(state["frames"]))
+
     def trace(self) -> Trace:
         """What was recorded so far. Raises UpopError where that is nothing."""
         if not self._step:

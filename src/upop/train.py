@@ -111,6 +111,9 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+State = dict[str, Any]
+# Called before every step with a function that gives the state of the loop at this moment.
+Keep = Callable[[Callable[[], State]], None]
 
 # A loss that is not finite is looked for every so many steps: each look waits for the device.
 CHECK_EVERY = 20
@@ -126,8 +129,12 @@ def fit(
     teacher: nn.Module | None = None,
     report: Report = lambda progress: None,
     epoch_end: Callable[[int], None] = lambda epoch: None,
+    keep: Keep = lambda state: None,
+    start: State | None = None,
 ) -> None:
-    """Train `model` in place and leave it in eval mode.
+    """Train `model` in place and leave it in eval mode; with `start`, a state that `keep` was given, go on from there.
+
+    A state has optimizers, counters and random states. Weights and the hook's own state are the caller's to keep.
 
     Raises TrainingError, naming the step, when the loss is no longer finite; the weights are then useless, and the
     caller goes back to what it kept at the last `epoch_end(epochs done)`.
@@ -144,9 +151,13 @@ def fit(
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in ready]
     tally = _Tally(steps, options, accelerator.device)
     prepared.train()
-    for epoch in range(math.ceil(steps / len(batches))):
-        tally.start(epoch, teacher)
-        for images, labels in itertools.islice(batches.epoch(epoch), steps - tally.step):
+    if start is not None:
+        _load_state(start, ready, tally, accelerator.device)
+    first, skip = divmod(tally.step, len(batches))
+    for epoch in range(first, math.ceil(steps / len(batches))):
+        tally.start(epoch, teacher, fresh=epoch > first or skip == 0)
+        for images, labels in itertools.islice(batches.epoch(epoch, skip), steps - tally.step):
+            keep(lambda: _state(ready, tally, accelerator.device))
             _set_rates(ready, peaks, factor(tally.step))
             tally.add(_backward(prepared, images, labels, options, accelerator, hook, teacher))
             if options.clip:
@@ -157,6 +168,7 @@ def fit(
             for optimizer in ready:
                 optimizer.zero_grad()
             report(tally.progress(peaks[0][0] * factor(tally.step - 1), len(images) * accelerator.num_processes, hook))
+        skip = 0
         tally.check()
         epoch_end(epoch + 1)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
@@ -165,6 +177,24 @@ def fit(
     for name in set(vars(model)) - own:
         delattr(model, name)
     model.eval()
+
+
+def _state(optimizers: Sequence[Any], tally: "_Tally", device: torch.device) -> State:
+    return {
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "tally": tally.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _load_state(state: State, optimizers: Sequence[Any], tally: "_Tally", device: torch.device) -> None:
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    tally.load_state_dict(state["tally"])
+    torch.set_rng_state(state["random"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["random_device"], device)
 
 
 def count_steps(epochs: float, per_epoch: int) -> int:
@@ -275,11 +305,22 @@ class _Tally:
         self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._began = time.monotonic()
 
-    def start(self, epoch: int, teacher: nn.Module | None) -> None:
+    def start(self, epoch: int, teacher: nn.Module | None, *, fresh: bool = True) -> None:
         self.epoch = epoch
-        self._sums = torch.zeros_like(self._sums)
+        if fresh:
+            self._sums = torch.zeros_like(self._sums)
         if teacher is not None:
             teacher.eval()
+
+    def state_dict(self) -> State:
+        seconds = time.monotonic() - self._began
+        return {"step": self.step, "sums": self._sums, "first_bad": self._first_bad, "seconds": seconds}
+
+    def load_state_dict(self, state: State) -> None:
+        self.step = state["step"]
+        self._sums = state["sums"].to(self._sums.device)
+        self._first_bad = state["first_bad"].to(self._first_bad.device)
+        self._began = time.monotonic() - state["seconds"]
 
     def add(self, sums: Tensor) -> None:
         self._sums = self._sums + sums

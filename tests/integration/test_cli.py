@@ -143,16 +143,13 @@ def test_an_unknown_key_in_a_config_file_names_the_nearest(refused, tmp_path):
 
 
 def test_an_unsupported_model_names_its_modules(refused, tmp_path):
-    from transformers import BeitConfig, BeitForImageClassification
+    from transformers import SwinConfig, SwinForImageClassification
 
-    config = BeitConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )
-    BeitForImageClassification(config).save_pretrained(tmp_path / "beit")
-    message = refused("prune", "--model", "beit", "--data", "digits")
-    assert "BeitForImageClassification: unsupported model" in message
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4)
+    SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
+    message = refused("prune", "--model", "swin", "--data", "digits")
+    assert "SwinForImageClassification: unsupported model" in message
     assert "Linear x" in message
-    assert "Hugging Face ViT and DeiT" in message
 
 
 def test_a_head_that_does_not_fit_the_data_is_refused_or_replaced(refused, upop, tmp_path, make_model):
@@ -271,3 +268,35 @@ def test_the_demo_is_a_valid_run():
 
     config = demo_config(Path("runs/demo"))
     assert config.stages == "dense,search,retrain"
+
+
+def test_a_model_whose_slimmed_form_cannot_be_saved_is_refused_before_any_training(refused, tmp_path):
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_labels=10
+    )
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path / "dino")
+    message = refused("prune", "--model", tmp_path / "dino", "--data", "digits", "--out", tmp_path / "out")
+    assert "slimmed models of the class Dinov2ForImageClassification cannot be saved yet" in message
+
+
+def test_resuming_takes_no_other_option(refused, tmp_path):
+    assert "leave out all other options" in refused("prune", "--resume", tmp_path, "--seed", "1")
+    assert "holds no whole checkpoint" in refused("prune", "--resume", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("study", "smok"), "did you mean 'smoke'?"),
+        (("study", "smoke", "--executor", "rays"), "executor: expected one of local, processes, ray, slurm"),
+        (("study", "smoke", "--workers", "0"), "workers: expected 1 or more, got 0"),
+        (("report", "nothing-here"), "nothing-here"),
+        (("animate", "nothing-here"), "expected the folder of a run"),
+        (("prune", "--model", "deit-digits", "--data", "digits", "--method", "upp"), "did you mean 'upop'?"),
+        (("prune", "--model", "deit-digits", "--data", "digits", "--target", "open"), "needs one of threshold"),
+    ],
+)
+def test_studies_reports_and_pictures_refuse_in_one_line(refused, arguments, message):
+    assert message in refused(*arguments)

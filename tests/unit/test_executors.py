@@ -121,7 +121,7 @@ def ancestors(pid):
     return found
 
 
-def soon(condition, seconds=10.0):
+def soon(condition, seconds=40.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():

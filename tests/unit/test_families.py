@@ -1,14 +1,261 @@
 """Promises of upop.families: every structure of a known model, and a refusal that names what stands in the way."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from family_models import HF, make_hf, make_stand_in
 from torch import nn
 
 import upop
 from upop.errors import ModelError
-from upop.families import FAMILIES, find_family, find_structures
+from upop.families import FAMILIES, Family, find_family, find_structures, mlp, register_family
+from upop.masks import Masks
+from upop.testing import check_family
 
 NAMES = ["vit", "deit", "teacher"]
+DTYPES = [torch.float32, torch.bfloat16]
+TIMM = {
+    "fused": {},
+    "unfused": {"fused": False},
+    "no qkv bias": {"qkv_bias": False},
+    "layer scale": {"layer_scale": True},
+    "GluMlp": {"mlp": "GluMlp"},
+    "SwiGLU": {"mlp": "SwiGLU"},
+    "parallel": {"parallel": True},
+}
+GUIDE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+@pytest.fixture
+def families():
+    """The registry, put back afterwards."""
+    before = list(FAMILIES)
+    yield FAMILIES
+    FAMILIES[:] = before
+
+
+def half(model):
+    return {s.name: torch.arange(s.units) % 2 == 0 for s in find_structures(model)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", HF)
+def test_every_hugging_face_family_is_described_rightly(name, kernel, dtype):
+    check_family(make_hf(name, attention=kernel, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_layout_is_described_rightly(name, dtype):
+    check_family(make_stand_in(dtype=dtype, **TIMM[name]), images=torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("kind", ["Block", "ResPostBlock", "ParallelThingsBlock", "GluMlp", "SwiGLU", "distilled"])
+def test_timm_itself_is_described_rightly(kind, fused, dtype):
+    timm = pytest.importorskip("timm")
+    kinds = timm.models.vision_transformer
+    options = {"block_fn": getattr(kinds, kind)} if kind.endswith("Block") else {}
+    options |= {"mlp_layer": getattr(timm.layers, kind)} if kind == "SwiGLU" else {}
+    options |= {"mlp_layer": timm.layers.SwiGLUPacked} if kind == "GluMlp" else {}
+    model_class = timm.models.deit.VisionTransformerDistilled if kind == "distilled" else kinds.VisionTransformer
+    model = model_class(img_size=32, patch_size=8, embed_dim=64, num_heads=2, depth=2, num_classes=10, **options)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    check_family(model.to(dtype))
+
+
+@pytest.mark.parametrize("name", HF)
+def test_hugging_face_blocks_have_no_linear_that_is_left_out(name):
+    model, path = make_hf(name), HF[name][3]
+    owned = {port.path for s in find_structures(model) for port in (*s.producers, *s.consumers)}
+    assert owned == {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p.startswith(f"{path}.")}
+    assert [s.name for s in find_structures(model)] == ["attn.0", "mlp.0", "attn.1", "mlp.1"]
+
+
+def test_relative_position_biases_and_heads_stay_whole():
+    model = make_hf("beit")
+    small = upop.slim(model, half(model))
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias" in name:
+            assert torch.equal(small.get_parameter(name), parameter)
+    attention = small.get_submodule("layers.0.attention")
+    assert attention.q_proj.out_features // attention.head_dim == attention.num_attention_heads == 2
+    assert attention.k_proj.bias is None
+
+
+@pytest.mark.parametrize("name", [n for n in HF if n not in ("vit", "deit")])
+def test_hugging_face_softmax_scales_stay_the_originals(name):
+    model = make_hf(name)
+    scales = [
+        getattr(m, "scaling", getattr(m, "scale", None))
+        for m in upop.slim(model, half(model)).modules()
+        if hasattr(m, "head_dim") and hasattr(m, "q_proj")
+    ]
+    assert scales == [32**-0.5] * 2
+
+
+def test_timms_q_takes_up_the_change_of_scale_whichever_path_is_taken():
+    model, images = make_stand_in(dtype=torch.float64), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    keep = half(model) | {"attn.1": torch.arange(32) < 5}
+    small = upop.slim(model, keep)
+    old, new = model.blocks[1].attn, small.blocks[1].attn
+    assert (new.num_heads, new.head_dim, new.attn_dim) == (2, 5, 10)
+    assert new.scale == pytest.approx(5**-0.5)
+    factor = torch.tensor([(5 / 32) ** 0.5, 1, 1], dtype=torch.float64).view(3, 1, 1)
+    for name in ("weight", "bias"):
+        before, after = getattr(old.qkv, name), getattr(new.qkv, name)
+        torch.testing.assert_close(after.view(3, 2, 5, -1), before.view(3, 2, 32, -1)[:, :, :5] * factor[..., None])
+    fused = small(images)
+    for block in small.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(small(images), fused, rtol=0, atol=1e-12)
+    masks = Masks(model, find_structures(model))
+    masks.set_({name: k.double() for name, k in keep.items()})
+    torch.testing.assert_close(fused, model(images), rtol=0, atol=1e-12)
+
+
+def test_a_slimmed_timm_model_can_be_slimmed_again():
+    model, images = make_stand_in(dtype=torch.float64), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    small = upop.slim(model, half(model))
+    check_family(small, images=images)
+    smaller = upop.slim(small, half(small))
+    at_once = upop.slim(model, {n: torch.arange(len(k)) % 4 == 0 for n, k in half(model).items()})
+    torch.testing.assert_close(smaller(images), at_once(images), rtol=0, atol=1e-12)
+
+
+def test_keeping_everything_changes_no_bit_of_a_timm_model():
+    model = make_stand_in()
+    small = upop.slim(model, {s.name: torch.ones(s.units) > 0 for s in find_structures(model)})
+    state = small.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert small.blocks[0].attn.scale == pytest.approx(model.blocks[0].attn.scale, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": True}, r"^blocks\.0\.attn\.q_norm: expected none, got LayerNorm: head dims that are normalised"),
+        ({"scale_norm": True}, r"^blocks\.0\.attn\.norm: expected none, got LayerNorm"),
+        ({"gated": True}, r"^blocks\.0\.attn\.gate: expected none, got Linear: .* gated"),
+        ({"mlp_norm": True}, r"^blocks\.0\.mlp\.norm: expected none, got LayerNorm: neurons that are normalised"),
+        ({"act": nn.Sigmoid}, r"^blocks\.0\.mlp\.act: .*Sigmoid with f\(0\) = 0\.5"),
+    ],
+    ids=["qk_norm", "scale_norm", "gate", "mlp_norm", "sigmoid"],
+)
+def test_timm_blocks_that_cannot_be_cut_exactly_are_refused_by_path(options, message):
+    with pytest.raises(ModelError, match=message):
+        find_structures(make_stand_in(**options))
+
+
+def test_a_timm_block_with_another_attention_is_refused_by_path():
+    class DiffAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(64, 192)
+
+    model = make_stand_in()
+    model.blocks[1].attn = DiffAttention()
+    with pytest.raises(ModelError, match=r"^blocks\.1\.attn\.qkv: expected .* Attention .*, got a DiffAttention with"):
+        find_structures(model)
+
+
+HF_PARTS = {
+    "dinov2": ["attention.k_proj", "attention.scaling", "attention.head_dim", "mlp.fc1", "mlp.activation_fn"],
+    "dinov2-swiglu": ["attention.o_proj", "mlp.up_proj", "mlp.down_proj"],
+    "clip-classifier": ["self_attn.q_proj", "self_attn.out_proj", "self_attn.scale", "mlp.fc2"],
+    "siglip": ["self_attn.v_proj", "self_attn.head_dim", "mlp"],
+    "beit": ["attention", "attention.scaling", "mlp.fc2"],
+}
+
+
+@pytest.mark.parametrize(("name", "missing"), [(name, m) for name, parts in HF_PARTS.items() for m in parts])
+def test_one_line_says_what_transformers_has_renamed(name, missing):
+    model = make_hf(name)
+    path = f"{HF[name][3]}.1.{missing}"
+    parent, _, attribute = path.rpartition(".")
+    delattr(model.get_submodule(parent), attribute)
+    with pytest.raises(
+        ModelError, match=rf": {re.escape(path)}\b.* is missing; expected the layout of transformers 5\."
+    ):
+        find_structures(model)
+
+
+@pytest.mark.parametrize("missing", ["qkv", "proj", "num_heads", "head_dim", "attn_dim", "scale"])
+def test_one_line_says_what_timm_has_renamed(missing):
+    model = make_stand_in()
+    delattr(model.blocks[1].attn, missing)
+    with pytest.raises(
+        ModelError, match=rf": blocks\.1\.attn\.{missing}\b.* is missing; expected the layout of timm 1\."
+    ):
+        find_structures(model)
+
+
+def test_a_list_of_blocks_that_moved_is_said_so():
+    model = make_hf("dinov2")
+    model.encoder = nn.Identity()
+    with pytest.raises(ModelError, match=r"^Dinov2Model: .*encoder\.layer, the list of blocks, is missing; .*5\.18"):
+        find_structures(model)
+
+
+def test_torchs_own_attention_is_refused_with_what_to_do():
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    with pytest.raises(ModelError, match=r"1 is a torch\.nn\.MultiheadAttention, .* the same network from timm"):
+        find_structures(model)
+
+
+@pytest.mark.parametrize("name", [n for n in HF if n not in ("vit", "deit")])
+def test_a_slimmed_model_that_could_not_be_loaded_again_refuses_to_be_saved(name, tmp_path):
+    model = make_hf(name)
+    small = upop.slim(upop.slim(model, half(model)), half(upop.slim(model, half(model))))
+    for save in (small.save_pretrained, lambda folder: upop.save_pretrained(small, folder)):
+        with pytest.raises(ModelError, match=rf"^{type(model).__name__}: .* slimmed model .* state_dict\(\)"):
+            save(tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "dense")  # the dense one is not touched
+    again = upop.slim(model, half(model))
+    again.load_state_dict(upop.slim(model, half(model)).state_dict())
+
+
+def test_a_slimmed_timm_model_is_no_hugging_face_folder(tmp_path):
+    model = make_stand_in()
+    with pytest.raises(ModelError, match=r"^StandIn: expected a Hugging Face model \(with save_pretrained\)"):
+        upop.save_pretrained(upop.slim(model, half(model)), tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+def test_families_say_whether_their_slimmed_models_can_be_saved():
+    assert [family.saves for family in FAMILIES] == [True, False, False, False, False]
+
+
+def test_the_guides_family_works_and_is_about_ten_lines(families):
+    listings = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    assert len(listings) == 3
+    program = {}
+    for listing in listings:
+        exec(listing, program)
+    assert len([line for line in listings[1].splitlines() if line.strip()]) <= 10
+    assert families[0].name == "my models"
+    model = program["MyModel"]()
+    assert "my models" in str(upop.analyze(model))
+    assert [s.name for s in find_structures(model)] == ["attn.0", "mlp.0", "attn.1", "mlp.1"]
+
+
+def test_a_family_of_ones_own_is_asked_first_and_replaced_by_name(families):
+    def mlps(model):
+        return tuple(mlp(model, n, f"blocks.{n}.mlp", act="act") for n in range(2))
+
+    model = make_stand_in(qk_norm=True)
+    register_family(Family("mine", lambda m: False, mlps))
+    register_family(Family("mine", lambda m: m is model or isinstance(m, type(model)), mlps))
+    assert [f.name for f in families].count("mine") == 1
+    assert [s.name for s in find_structures(model)] == ["mlp.0", "mlp.1"]
+    check_family(model, images=torch.randn(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize("name", NAMES)

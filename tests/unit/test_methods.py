@@ -329,3 +329,11 @@ def test_a_resumed_open_ended_search_equals_an_uninterrupted_one(make_model, ima
         twin.load_state_dict(state)
     assert equal(search.keep(), twin.keep())
     assert search.growth.history == twin.growth.history
+
+
+def test_what_training_alone_costs_is_told_apart_from_pruning():
+    growth = Growth(0.9, 40, 4, max_drop=0.02)
+    for step, accuracy in [(0, 0.8), (10, 0.7), (20, 0.75), (30, 0.9)]:
+        growth.observe(accuracy, step)
+    assert growth.history[2]["ratio"] == 0, "refused at step 10, back to nothing"
+    assert growth.cost_of_training == pytest.approx(0.05)

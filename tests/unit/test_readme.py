@@ -1,12 +1,17 @@
-"""Every number in README's results table comes from a result that is checked in."""
+"""Every number in README's results comes from a result that is checked in."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
+from upop.report.page import build, load_results
+
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results").glob("*.json"))
+CLAIMS = ROOT / "results/claims"
+METHODS = ("upop", "progressive", "unified", "mask", "magnitude")
 
 
 def row(result):
@@ -21,6 +26,37 @@ def row(result):
     return "| " + " | ".join([result["config"]["target"], *stages, *size, *times]) + " |"
 
 
+def spread(values):
+    """Mean and standard deviation in per cent, as README says them."""
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def claims_block(folder):
+    """README's tables of the claims study, between its two markers."""
+    results = load_results(folder)
+    groups = {(g.method, g.target): g.runs for g in results.groups if not g.variant}
+    targets = sorted({target for _, target in groups if target.startswith("prunable")})
+    lines = ["| method | " + " | ".join(f"{t}: slimmed | retrained" for t in targets) + " |"]
+    lines.append("|---" * (1 + 2 * len(targets)) + "|")
+    for method in METHODS:
+        cells = []
+        for target in targets:
+            runs = groups.get((method, target), ())
+            cells += [spread([r.accuracy(s) for r in runs]) if len(runs) > 1 else "" for s in ("slim", "retrain")]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    control = [run.accuracy("last") for run in groups["dense-continued", ""]]
+    dense = results.runs[0].accuracy("dense")
+    seeds = len({run.seed for run in results.runs})
+    lines += [
+        "",
+        f"Dense: {dense:.2f}. Trained on for as long as the pruned models: {spread(control)}. n = {seeds} seeds.",
+    ]
+    lines += ["", "| claim | verdict | because |", "|---|---|---|"]
+    for verdict in build(folder).facts["verdicts"].values():
+        lines.append(f"| {verdict['text']} | {verdict['verdict']} | {verdict['reason']} |")
+    return "\n".join(lines)
+
+
 def test_there_are_results():
     assert any("retrain" in json.loads(path.read_text())["accuracy"] for path in RESULTS)
 
@@ -32,3 +68,21 @@ def test_the_table_says_what_the_result_says(path):
     if "retrain" in result["accuracy"]:
         assert row(result) in (ROOT / "README.md").read_text()
         assert result["accuracy"]["search"] == result["accuracy"]["slim"]
+
+
+def test_the_claims_in_readme_are_those_of_the_results():
+    _, _, rest = (ROOT / "README.md").read_text().partition("<!-- claims: begin -->\n")
+    assert rest.partition("<!-- claims: end -->")[0].strip() == claims_block(CLAIMS)
+
+
+def test_the_checked_in_report_is_that_of_the_checked_in_results():
+    report = build(CLAIMS)
+    assert report.markdown == (CLAIMS / "report.md").read_text()
+    assert build(CLAIMS).html == report.html, "the same bytes a second time"
+
+
+def test_no_checked_in_result_names_a_place_on_some_machine():
+    for path in (ROOT / "results").rglob("*.json"):
+        assert "/work" not in path.read_text()
+        assert "/home/" not in path.read_text()
+        assert '"data/cifar10"' in path.read_text() or path.name == "study.json"

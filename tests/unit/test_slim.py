@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import upop
+from upop import Search, Target
 from upop.errors import UpopError
 from upop.families import find_structures
 from upop.masks import Masks
@@ -185,3 +187,15 @@ def test_a_keep_of_another_model_is_refused_and_nothing_is_touched(make_model, r
     with pytest.raises(UpopError, match=r"keep\['attn\.2'\]: no such structure"):
         upop.slim(model, keep)
     assert parameters(model) == parameters(make_model())
+
+
+def test_what_accelerate_left_on_the_model_does_not_follow_into_the_smaller_one(make_model, images):
+    model = make_model()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    search = Search(model, target=Target(prunable=0.5), steps=1)
+    prepared = accelerator.prepare(model)
+    prepared(images()).logits.sum().backward()
+    search.step()
+    small = search.slim()
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(small))
+    assert small(images()).logits.dtype == torch.float32, "no precision of another loop's choosing"

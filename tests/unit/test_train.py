@@ -92,8 +92,8 @@ def test_micro_batches_change_memory_not_the_result(make_model, split, accelerat
         def __len__(self):
             return len(self.inner)
 
-        def epoch(self, number):
-            for images, labels in self.inner.epoch(number):
+        def epoch(self, number, start=0):
+            for images, labels in self.inner.epoch(number, start):
                 yield images.double(), labels
 
     for model, accumulate in ((whole, 1), (parts, 3)):

@@ -15,9 +15,10 @@ from upop import __version__
 from upop.cli import studies
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import PruneConfig, load_config, make_config
-from upop.errors import UpopError
+from upop.errors import StopError, UpopError
 
 DEMO_FOLDER = Path("runs/demo")
+STOPPED = 75  # EX_TEMPFAIL: come again, as clusters that take machines away want to hear it
 
 app = typer.Typer(
     help="Make a Vision Transformer physically smaller and really faster, by UPop.",
@@ -31,6 +32,9 @@ def main() -> None:
     """Entry point: runs the command line; bad input ends in one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
+    except StopError as error:
+        _fail(str(error), error)
+        code = STOPPED
     except UpopError as error:
         code = _fail(str(error), error)
     except typer.TyperException as error:
@@ -93,6 +97,10 @@ def _prune(
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the options below; options win")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that OUT already holds")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="as --overwrite, but take up this very run if OUT holds it, stopped")
+    ] = False,
+    resume: Annotated[Path | None, typer.Option(help="take up the run stopped in that folder; nothing else")] = None,
     **options: Any,
 ) -> None:
     """Prune a Vision Transformer: fine-tune, search, slim, retrain, evaluate.
@@ -100,6 +108,11 @@ def _prune(
     Example: upop prune --model facebook/deit-base-patch16-224 --data cifar10 --target params=0.5 --out runs/half
     """
     given = {key: value for key, value in options.items() if value is not None}
+    if resume is not None:
+        if given or config or overwrite or dry_run or go_on:
+            raise UpopError("--resume: the run in the folder has its own configuration; leave out all other options")
+        _resume(resume)
+        return
     if config:
         # On its own first, so that what is wrong with the file is not blamed on the options, nor the reverse.
         make_config({"model": "?", "data": "?"} | load_config(config), where=str(config))
@@ -114,8 +127,17 @@ def _prune(
         print_plan(plan)
         return
     with Watcher() as watcher:
-        result = prune(chosen, overwrite=overwrite, observer=watcher)
+        result = prune(chosen, overwrite=overwrite, go_on=go_on, observer=watcher)
     print_result(result, Path(chosen.out))
+
+
+def _resume(folder: Path) -> None:
+    quiet_libraries()
+    from upop.run import resume
+
+    with Watcher() as watcher:
+        result = resume(folder, observer=watcher)
+    print_result(result, folder)
 
 
 def _register_prune() -> None:

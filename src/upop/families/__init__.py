@@ -1,17 +1,48 @@
 """Families: where the prunable structures of a kind of model are. One small module per library.
 
-A family describes; it must not mask, rank or cut. Import of a family must not import its library.
+A family describes; it must not mask, rank or cut. Import of a family must not import its library. A family of one's
+own, in ten lines: docs/families.md.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 from torch import nn
 
 from upop.errors import ModelError
-from upop.families import hf
+from upop.families import hf, timm
+from upop.families.parts import attention, blocks, fused_attention, gated_mlp, mlp, packed_mlp
 from upop.structures import Structure
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "attention",
+    "blocks",
+    "find_family",
+    "find_structures",
+    "fused_attention",
+    "gated_mlp",
+    "mlp",
+    "packed_mlp",
+    "register_family",
+]
+
+
+def refuse_saving_(model: nn.Module) -> None:
+    """Make a slimmed model that no library could load again refuse `save_pretrained`, where it has one."""
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = partial(_refuse_saving, type(model).__name__)  # type: ignore[assignment]
+
+
+def _refuse_saving(name: str, *args: object, **kwargs: object) -> NoReturn:
+    raise ModelError(
+        f"{name}: expected a slimmed model that a folder can describe (Hugging Face ViT or DeiT), got one of another "
+        "family; save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
+    )
 
 
 @dataclass(frozen=True)
@@ -22,13 +53,19 @@ class Family:
         name: shown to users.
         matches: whether a model belongs to the family.
         find: the model's structures, in layer order; raises ModelError for a model it cannot prune.
-        finish_: called on a freshly slimmed model, so that it can describe itself (class, config) when saved.
+        finish_: called on a freshly slimmed model, so that it can describe itself (class, config) when saved; by
+            default it will refuse to be saved as a Hugging Face folder, which could not be loaded again.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     find: Callable[[nn.Module], tuple[Structure, ...]]
-    finish_: Callable[[nn.Module], None]
+    finish_: Callable[[nn.Module], None] = refuse_saving_
+
+    @property
+    def saves(self) -> bool:
+        """Whether slimmed models can be saved as folders and loaded again."""
+        return self.finish_ is not refuse_saving_
 
 
 def _adopt_hf_(model: nn.Module) -> None:
@@ -38,7 +75,18 @@ def _adopt_hf_(model: nn.Module) -> None:
     adopt_(model)
 
 
-FAMILIES: list[Family] = [Family("Hugging Face ViT and DeiT", hf.matches, hf.find_structures, _adopt_hf_)]
+FAMILIES: list[Family] = [
+    Family("Hugging Face ViT and DeiT", hf.VIT.matches, hf.VIT.find, _adopt_hf_),
+    Family("Hugging Face DINOv2", hf.DINOV2.matches, hf.DINOV2.find),
+    Family("Hugging Face CLIP and SigLIP vision towers", hf.CLIP.matches, hf.CLIP.find),
+    Family("Hugging Face BEiT", hf.BEIT.matches, hf.BEIT.find),
+    Family("models of timm's VisionTransformer blocks", timm.matches, timm.find_structures),
+]
+
+
+def register_family(family: Family) -> None:
+    """Make upop know `family`. It is asked before all others; one of the same name is replaced."""
+    FAMILIES[:] = [family, *(known for known in FAMILIES if known.name != family.name)]
 
 
 def find_family(model: nn.Module) -> Family:
@@ -48,7 +96,7 @@ def find_family(model: nn.Module) -> Family:
             return family
     raise ModelError(
         f"{type(model).__name__}: unsupported model; expected one of: {', '.join(f.name for f in FAMILIES)} "
-        f"(classification); unsupported modules: {_modules_with_weights(model)}"
+        f"(classification); unsupported modules: {_modules_with_weights(model)}{_advice(model)}"
     )
 
 
@@ -68,3 +116,15 @@ def _modules_with_weights(model: nn.Module) -> str:
             count[kind] += 1
     shown = [f"{kind} x{count[kind]} ({first[kind]})" for kind in list(first)[:6]]
     return ", ".join(shown) + (", ..." if len(first) > 6 else "") if shown else "none with weights"
+
+
+def _advice(model: nn.Module) -> str:
+    """What to do about an unsupported model."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            return (
+                f"; {path or 'the model'} is a torch.nn.MultiheadAttention, whose head dims cannot be cut (q, k and v "
+                "are one Parameter as wide as the model): take the same network from timm or transformers, or "
+                "register a family of its MLPs alone (docs/families.md)"
+            )
+    return "; to describe it yourself, see upop.families.register_family and docs/families.md"

@@ -1,77 +1,93 @@
-"""Hugging Face ViT and DeiT (plain, distilled, with teacher), as laid out since transformers 5.9.
+"""Hugging Face vision transformers, described by the names of their modules; must not import transformers.
 
-Describes where the structures are, by the names of modules; must not import transformers.
+One Layout a family. All of them share transformers' attention, which reads `head_dim` and a softmax scale from the
+module and infers the number of heads.
 """
 
-import torch
+from dataclasses import dataclass
+
 from torch import nn
 
 from upop.errors import ModelError
-from upop.structures import Attribute, Port, Structure, linear, make_structure
-
-CLASSES = (
-    "ViTForImageClassification",
-    "DeiTForImageClassification",
-    "DeiTForImageClassificationWithTeacher",
-)
+from upop.families.parts import MissingPartError, attention, blocks, gated_mlp, installed, mlp, part
+from upop.structures import Structure
 
 
-def matches(model: nn.Module) -> bool:
-    """True for a classifier of transformers' ViT or DeiT, and for subclasses such as slimmed models."""
-    return any(c.__module__.startswith("transformers.models.") and c.__name__ in CLASSES for c in type(model).__mro__)
+@dataclass(frozen=True)
+class Layout:
+    """Where the blocks of a family of models are, and what they call their parts.
 
-
-def find_structures(model: nn.Module) -> tuple[Structure, ...]:
-    """`attn.<layer>`: head dims, shared by q, k, v and all heads; `mlp.<layer>`: hidden neurons.
-
-    Raises ModelError for an unknown layout, or an activation f with f(0) != 0: an MLP unit masked to 0 before it
-    would still contribute f(0).
+    Attributes:
+        classes: names of the model classes; subclasses (such as slimmed models) belong to the family too.
+        blocks: paths that the list of blocks may have.
+        since: the release of transformers that introduced these names.
+        attention, out, scale: the block's attention, its output projection, its softmax scale.
     """
-    prefix = str(model.base_model_prefix)
-    structures: list[Structure] = []
-    try:
-        layers = model.get_submodule(f"{prefix}.layers")
-        for layer in range(len(list(layers.children()))):
-            structures += _layer_structures(model, f"{prefix}.layers.{layer}", layer)
-    except AttributeError as error:
-        raise ModelError(
-            f"{type(model).__name__}: expected blocks at {prefix}.layers, laid out as in transformers 5.9 and later "
-            f"({error}); upgrade transformers"
-        ) from None
-    return tuple(structures)
 
+    classes: tuple[str, ...]
+    blocks: tuple[str, ...]
+    since: str
+    attention: str = "attention"
+    out: str = "o_proj"
+    scale: str = "scaling"
 
-def _layer_structures(model: nn.Module, path: str, layer: int) -> list[Structure]:
-    attention, mlp = f"{path}.attention", f"{path}.mlp"
-    head_dim = int(getattr(model.get_submodule(attention), "head_dim"))  # noqa: B009 - get_submodule is untyped
-    heads = linear(model, f"{attention}.q_proj").out_features // head_dim
-    _require_zero_at_zero(model.get_submodule(f"{mlp}.activation_fn"), f"{mlp}.activation_fn")
-    return [
-        make_structure(
-            model,
-            kind="attn",
-            layer=layer,
-            units=head_dim,
-            producers=[Port(f"{attention}.{name}", outer=heads) for name in ("q_proj", "k_proj", "v_proj")],
-            consumers=[Port(f"{attention}.o_proj", outer=heads)],
-            # `scaling` is left alone: logits must keep the original 1/sqrt(head_dim).
-            attributes=[Attribute(attention, "head_dim")],
-        ),
-        make_structure(
-            model,
-            kind="mlp",
-            layer=layer,
-            units=linear(model, f"{mlp}.fc1").out_features,
-            producers=[Port(f"{mlp}.fc1")],
-            consumers=[Port(f"{mlp}.fc2")],
-        ),
-    ]
-
-
-def _require_zero_at_zero(activation: nn.Module, path: str) -> None:
-    value = float(activation(torch.zeros(1, device="cpu")))
-    if value != 0:
-        raise ModelError(
-            f"{path}: expected an activation f with f(0) = 0 (GELU, ReLU, SiLU), got {type(activation).__name__} "
-            f"with f(0) = {value:g}; masked neurons would not be silent, so this MLP cannot be pruned exactly"
+    def matches(self, model: nn.Module) -> bool:
+        """True for transformers' own classes of these names, and for subclasses."""
+        return any(
+            c.__module__.startswith("transformers.models.") and c.__name__ in self.classes for c in type(model).__mro__
         )
+
+    def find(self, model: nn.Module) -> tuple[Structure, ...]:
+        """`attn.<layer>`: head dims, shared by q, k, v and all heads; `mlp.<layer>`: hidden neurons.
+
+        Raises ModelError for another layout, or an activation f with f(0) != 0.
+        """
+        try:
+            return tuple(s for n, path in enumerate(blocks(model, *self.blocks)) for s in self._block(model, n, path))
+        except MissingPartError as error:
+            raise ModelError(
+                f"{error}; expected the layout of transformers {self.since} and later, "
+                f"got that of {installed('transformers')}"
+            ) from None
+
+    def _block(self, model: nn.Module, layer: int, path: str) -> tuple[Structure, Structure]:
+        heads = attention(model, layer, f"{path}.{self.attention}", out=self.out, scale=self.scale)
+        gated = hasattr(part(model, f"{path}.mlp"), "gate_proj")
+        return heads, (gated_mlp if gated else mlp)(model, layer, f"{path}.mlp")
+
+
+VIT = Layout(
+    classes=(
+        "ViTForImageClassification",
+        "DeiTForImageClassification",
+        "DeiTForImageClassificationWithTeacher",
+    ),
+    blocks=("vit.layers", "deit.layers"),
+    since="5.9",
+)
+DINOV2 = Layout(
+    classes=(
+        "Dinov2Model",
+        "Dinov2ForImageClassification",
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersForImageClassification",
+    ),
+    blocks=("dinov2.encoder.layer", "dinov2_with_registers.encoder.layer", "encoder.layer"),
+    since="5.18",
+)
+# The text tower is not described, so models that hold one are not either. SigLIP's pooling head stays whole.
+CLIP = Layout(
+    classes=(
+        "CLIPVisionModel",
+        "CLIPVisionModelWithProjection",
+        "CLIPForImageClassification",
+        "SiglipVisionModel",
+        "SiglipForImageClassification",
+    ),
+    blocks=("vision_model.encoder.layers", "encoder.layers"),
+    since="5.9",
+    attention="self_attn",
+    out="out_proj",
+    scale="scale",
+)
+BEIT = Layout(classes=("BeitModel", "BeitForImageClassification"), blocks=("beit.layers", "layers"), since="5.9")

@@ -71,7 +71,7 @@ def _sections(results: Results, judged: list[verdicts.Verdict], tried: list[verd
 def _facts(results: Results, judged: list[verdicts.Verdict]) -> dict[str, Any]:
     return {
         "runs": {"done": len(results.runs) + len(results.dense), "absent": dict(results.absent)},
-        "verdicts": {v.claim.id: {"verdict": v.verdict, "reason": v.reason} for v in judged},
+        "verdicts": {v.claim.id: {"text": v.claim.text, "verdict": v.verdict, "reason": v.reason} for v in judged},
     }
 
 

@@ -104,7 +104,7 @@ def overview(results: Results) -> Section:
     tables = (Table(("run", "state"), absent, "Not here, so in no number below."),) if absent else ()
     expected = str(results.study.get("expected") or "")
     lead = tuple(
-        filter(None, (str(results.study.get("about") or ""), expected and f"Expected beforehand: {expected}"))
+        filter(None, (str(results.study.get("about") or ""), expected and f"Expected of a repetition: {expected}"))
     )
     return Section("overview", "What was run", lead, tables, facts=facts)
 

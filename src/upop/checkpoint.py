@@ -1,0 +1,162 @@
+"""Checkpoints: all that a stage needs to go on as if nothing had happened, as safetensors and JSON.
+
+Nothing is pickled, nothing is run on loading. A checkpoint is there whole or not at all, and says if it was damaged.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from upop.errors import UpopError
+from upop.folder import disk_errors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+KEEP = 2  # the last good ones: the newer may have been cut off by what ended the run
+FILES = ("state.json", "tensors.safetensors")
+SEAL = "seal.json"  # written last: the digests of the others
+
+
+class Keeper:
+    """Writes checkpoints below `folder`: every `minutes`, and at once when the process is asked to end."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.folder, self._seconds = folder, 60 * minutes
+        self.signal: str | None = None
+        self._latest = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return self.signal is not None or time.monotonic() - self._latest >= self._seconds
+
+    def save(self, state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint and forget all but the last two."""
+        with disk_errors(self.folder):
+            path = write(self.folder, state)
+            for old in _numbered(self.folder)[:-KEEP]:
+                shutil.rmtree(old, ignore_errors=True)
+        self._latest = time.monotonic()
+        return path
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile SIGTERM and SIGINT only ask for a checkpoint; a second SIGINT ends the process as ever."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.signal = signal.Signals(number).name
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            for number in before:
+                signal.signal(number, ask)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def write(folder: Path, state: Mapping[str, Any]) -> Path:
+    """Write `state` (nested dicts and lists of tensors, arrays, numbers, texts) as the next checkpoint in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = _numbered(folder)
+    path = folder / f"{int(known[-1].name) + 1 if known else 0:08}"
+    temporary = folder / f".{path.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps({"format": FORMAT, "state": _encode(state, "", tensors)})
+    save_file(tensors, temporary / "tensors.safetensors")
+    (temporary / "state.json").write_text(text, encoding="utf-8")
+    seal = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in FILES}
+    (temporary / SEAL).write_text(json.dumps(seal), encoding="utf-8")
+    for name in (*FILES, SEAL):
+        _sync(temporary / name)
+    temporary.rename(path)
+    _sync(folder)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` was given. Raises UpopError, one line, for anything that is not a whole checkpoint."""
+    try:
+        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}
+        if seal != found:
+            raise UpopError(f"{path}: damaged, its files are not those that were written")
+        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise UpopError(f"{path}: expected checkpoint format {FORMAT}, got {saved['format']}")
+        state: dict[str, Any] = _decode(saved["state"], load_file(path / "tensors.safetensors"))
+        return state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
+        if isinstance(error, UpopError):
+            raise
+        raise UpopError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
+
+
+def latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint in `folder` that is whole; None where there is none. Says in the log what it passed by."""
+    for path in reversed(_numbered(folder)):
+        try:
+            return read(path)
+        except UpopError as error:
+            log.warning("%s; going back to the one before", error)
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, so that a rename never comes before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """As JSON, with tensors put aside under their place's name; keys that are no texts survive as pairs."""
+    if isinstance(value, Tensor | np.ndarray):
+        tensor = torch.as_tensor(value).detach()
+        tensors[name] = tensor.cpu().contiguous().clone()
+        return {"$tensor": name}
+    if isinstance(value, Mapping):
+        return {"$dict": [[key, _encode(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_encode(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    assert value is None or isinstance(value, bool | int | float | str), f"{name}: {type(value)} has no place in JSON"
+    return value
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if "$tensor" in value:
+            return tensors[value["$tensor"]]
+        return {key: _decode(item, tensors) for key, item in value["$dict"]}
+    return value

@@ -1,0 +1,37 @@
+"""The search as a hook of the training loop; the two know each other through this alone."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from upop.search import Search
+from upop.trace import TraceRecorder
+
+
+class SearchHook:
+    """A search in a training loop, with its masks recorded and its questions for an accuracy answered."""
+
+    def __init__(self, search: Search, accuracy: Callable[[], float], lr_mask: float, recorder: TraceRecorder) -> None:
+        self._search, self._accuracy, self._lr_mask, self._recorder = search, accuracy, lr_mask, recorder
+        self._answer()
+
+    def penalty(self) -> Tensor:
+        return self._search.penalty()
+
+    def step(self) -> None:
+        search = self._search
+        search.step()
+        self._answer()
+        self._recorder.record(search.steps_done, search.ratio, search.masks.values)
+
+    def groups(self) -> list[dict[str, Any]]:
+        masks = self._search.trained_masks()
+        return [{"params": masks, "lr": self._lr_mask, "weight_decay": 0.0}] if masks else []
+
+    def _answer(self) -> None:
+        while self._search.needs_accuracy:
+            self._search.observe(self._accuracy())
+
+    def metrics(self) -> Mapping[str, float]:
+        return {"ratio": self._search.ratio}

@@ -1,0 +1,402 @@
+"""The stages of one run, in order, with what they share: dense, search, slim, retrain, evaluate; checkpoints between.
+
+Must not print: whoever watches does so through an Observer.
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from upop import checkpoint, plots
+from upop.config import STAGES, given_values
+from upop.data import Augment, Batches
+from upop.errors import StopError, TrainingError
+from upop.folder import RunFolder, disk_errors, provenance, weights_hash
+from upop.hook import SearchHook
+from upop.measure import measure_latency, measure_masked, measure_scores, plain_batches, sizes
+from upop.modeling import load
+from upop.models import save_image_processor
+from upop.observer import Observer
+from upop.plan import Plan, make_batches, set_attention
+from upop.pretrained import save_pretrained
+from upop.profiling import count_params
+from upop.search import Search
+from upop.structures import prunable_cost, removed_cost
+from upop.trace import TraceRecorder
+from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
+from upop.version import code_version
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 2
+CHECKPOINTS = "checkpoints"
+METRICS_EVERY = 50  # optimizer steps
+Result = dict[str, Any]
+
+
+@dataclass
+class Stages:
+    """The stages of one run, in order, over what they share."""
+
+    plan: Plan
+    folder: RunFolder
+    accelerator: Accelerator
+    observer: Observer
+    command: str
+    searched: dict[str, Any] = field(default_factory=lambda: {"ratio": None, "trajectory": None, "checks": None})
+    masked: dict[str, Any] = field(default_factory=dict)  # what was measured of the masked model
+    notes: list[str] = field(default_factory=list)  # what a reader of the result must know
+    seconds: dict[str, float] = field(default_factory=dict)
+    restored: Mapping[str, Any] | None = None  # the checkpoint to go on from, until its stage has begun
+
+    def __post_init__(self) -> None:
+        self.keeper = checkpoint.Keeper(self.folder.path / CHECKPOINTS, self.plan.config.checkpoint_minutes)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.restored = state
+        self.searched, self.masked = dict(state["searched"]), dict(state["masked"])
+        self.seconds, self.notes = dict(state["seconds"]), list(state["notes"])
+        self.folder.cut("metrics.jsonl", state["metrics_size"])
+        log.info("going on: stage %s, step %s", state["stage"], state["fit"] and state["fit"]["tally"]["step"])
+
+    def keep(self, stage: str, **more: Any) -> None:
+        """Write a checkpoint of `stage`: before a step with `fit`, `model` and more, or before it begins."""
+        if self.accelerator.num_processes > 1 or not self.plan.config.checkpoint_minutes:
+            return
+        state = {
+            "stage": stage,
+            **self.plan.identity(),
+            "config": self.plan.given.model_dump(),
+            "command": self.command,
+            "searched": self.searched,
+            "masked": self.masked,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "metrics_size": self.folder.size("metrics.jsonl"),
+            "fit": None,
+            **more,
+        }
+        path = self.keeper.save(state)
+        log.info("checkpoint %s: stage %s", path.name, stage)
+
+    def passed(self, stage: str) -> bool:
+        """Whether the run goes on from a stage after this one."""
+        order = [*STAGES, "evaluate"]
+        return self.restored is not None and order.index(self.restored["stage"]) > order.index(stage)
+
+    def stored(self, name: str) -> nn.Module:
+        """A model that this run has left in its folder before it was stopped."""
+        model = load(str(self.folder.path / name)).to(self.accelerator.device)
+        set_attention(model, self.plan.config.attention)
+        return model
+
+    def all(self) -> Result:
+        """Train, measure and write; result.json comes last: a folder that has one is a run that is complete."""
+        began = time.monotonic() - self.seconds.get("all", 0.0)
+        if self.plan.config.tracker:
+            self.accelerator.init_trackers("upop", config=self.plan.config.model_dump())
+        models = self.train()
+        final = list(models.values())[-1]
+        if not self.passed("retrain"):
+            self.save(final, "model")
+            self.keep("evaluate")
+        result = self.measure(models, final)
+        self.seconds["all"] = time.monotonic() - began
+        result |= {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
+        for name, draw in (("widths.png", plots.widths), ("stages.png", plots.stages)):
+            if self.folder.main:
+                with disk_errors(self.folder.path / name):
+                    draw(result, self.folder.path / name)
+        self.folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
+        self.folder.remove("last-good")
+        self.folder.remove(CHECKPOINTS)
+        self.accelerator.end_training()
+        return result
+
+    def train(self) -> dict[str, nn.Module]:
+        """Run the configured stages; the models as they are after each, on the device."""
+        c, plan = self.plan.config, self.plan
+        model = plan.loaded.model.to(self.accelerator.device)
+        set_attention(model, c.attention)
+        if c.has("dense") and self.passed("dense"):
+            model = self.stored("dense")
+        elif c.has("dense"):
+            about = "fine-tune the dense model" if plan.loaded.trained else "train the dense model from scratch"
+            self.fit("dense", about, model, epochs=c.epochs_dense, lr=c.lr)
+            self.save(model, "dense")
+            self.keep("search" if c.has("search") else "evaluate")
+        models = {"dense": model}
+        if c.has("search") and self.passed("search"):
+            models["slim"] = self.stored("slim")
+        elif c.has("search"):
+            models["dense"] = copy.deepcopy(model)
+            models["slim"] = self.search(model, teacher=models["dense"])
+            self.save(models["slim"], "slim")
+            self.keep("retrain" if c.has("retrain") else "evaluate")
+        if c.has("retrain") and self.passed("retrain"):
+            models["retrain"] = self.stored("model")
+        elif c.has("retrain"):
+            models["retrain"] = copy.deepcopy(list(models.values())[-1])
+            about = f"retrain the slimmed model, {count_params(models['retrain']):,} parameters"
+            self.fit(
+                "retrain",
+                about,
+                models["retrain"],
+                epochs=c.epochs_retrain,
+                lr=c.lr_retrain,
+                teacher=models["dense"],
+            )
+        return models
+
+    def search(self, model: nn.Module, *, teacher: nn.Module) -> nn.Module:
+        """Search on `model`; returns its slimmed twin, once both are measured."""
+        c = self.plan.config
+        search = Search(
+            model,
+            target=self.plan.target,
+            steps=self.plan.steps["search"],
+            method=c.method,
+            shrink=c.shrink,
+            schedule=c.schedule,
+            interval=c.interval,
+            normalise=c.normalise,
+            gradient_order=c.gradient_order,
+            sparsity={"attn": c.sparsity_attn, "mlp": c.sparsity_mlp or 0.0},
+            threshold=c.threshold,
+            max_drop=c.max_drop,
+            tolerance=c.tolerance,
+            checks=c.checks,
+            seed=c.seed,
+        )
+        validation = plain_batches(self.plan, self.plan.data.validation, self.accelerator)
+
+        def accuracy() -> float:
+            found = evaluate({"search": model}, validation, accelerator=self.accelerator, autocast=True)["search"]
+            log.info("search: step %d, ratio %.4f, accuracy %.4f", search.steps_done, search.ratio, found.accuracy)
+            return found.accuracy
+
+        about = f"{c.method}, {c.target}: search what can go"
+        trace = TraceRecorder(search.structures, search.steps)
+        if state := self.begun("search"):
+            search.load_state_dict(state["search"])
+            trace.load_state_dict(state["trace"])
+        hook = SearchHook(search, accuracy, c.lr_mask or 0.0, trace)
+        self.fit(
+            "search",
+            about,
+            model,
+            epochs=c.epochs_search,
+            lr=c.lr_search,
+            hook=hook,
+            teacher=teacher,
+            more=lambda: {"search": search.state_dict(), "trace": trace.state_dict()},
+        )
+        assert search.done, "a search must take all its steps"
+        if self.folder.main:
+            with disk_errors(self.folder.path / "trace.npz"):
+                trace.save(self.folder.path / "trace.npz")
+        removed = removed_cost(search.structures, search.keep())
+        lost, allowed = search.growth.cost_of_training if search.growth else 0.0, c.max_drop or c.tolerance or 0.0
+        if lost > allowed:
+            self.notes.append(
+                f"search: with nothing removed, training alone cost {100 * lost:.1f} points of validation accuracy, "
+                f"more than the {100 * allowed:.1f} allowed: lower lr_search ({c.lr_search})"
+            )
+        self.searched = {
+            "ratio": {
+                "target": self.plan.target and self.plan.target.value,
+                "prunable": removed / prunable_cost(search.structures),
+                "params": removed / self.plan.analysis.params,
+            },
+            "trajectory": trace.summary(),
+            "checks": search.growth and search.growth.history,
+        }
+        small = search.slim()
+        with self.timed("evaluate"):
+            self.masked = measure_masked(self.plan, self.accelerator, model, small)
+        return small
+
+    def begun(self, stage: str) -> Mapping[str, Any] | None:
+        """The checkpoint to go on from, if it was taken in the middle of this stage."""
+        state = self.restored
+        return state if state is not None and state["stage"] == stage and state["fit"] is not None else None
+
+    def fit(
+        self,
+        stage: str,
+        about: str,
+        model: nn.Module,
+        *,
+        epochs: float | None,
+        lr: float | None,
+        hook: Hook | None = None,
+        teacher: nn.Module | None = None,
+        more: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Train one stage, with its metrics, progress, checkpoints (`more` goes into them) and last good weights."""
+        c, hook = self.plan.config, hook or NoHook()
+        assert epochs is not None and lr is not None, "the configuration is resolved"  # noqa: PT018
+        options = FitOptions(
+            epochs=epochs,
+            lr=lr,
+            optimizer=c.optimizer or "adamw",
+            weight_decay=c.weight_decay,
+            warmup=c.warmup,
+            decay="constant" if stage == "search" else "cosine",
+            label_smoothing=c.label_smoothing,
+            distill=c.distill if teacher is not None else 0.0,
+            temperature=c.temperature,
+            clip=c.clip,
+            accumulate=c.accumulate,
+            seed=c.seed,
+        )
+        self.observer.stage(stage, about)
+        log.info("%s: %s; %s", stage, about, options)
+        validation = plain_batches(self.plan, self.plan.data.validation, self.accelerator)
+        last: list[Progress] = []
+
+        def report(progress: Progress) -> None:
+            last[:] = [progress]
+            self.observer.progress(progress)
+            if progress.step % METRICS_EVERY == 0:
+                self.metrics(stage, progress)
+
+        def epoch_end(number: int) -> None:
+            score = evaluate({stage: model}, validation, accelerator=self.accelerator, autocast=True)[stage]
+            if not math.isfinite(score.loss):
+                raise TrainingError(f"the validation loss is not finite after epoch {number}; lower the learning rate")
+            self.metrics(stage, last[0], validation_accuracy=score.accuracy, validation_loss=score.loss)
+            self.observer.epoch(number, score.accuracy)
+            log.info("%s: epoch %d of %s, validation accuracy %.4f", stage, number, epochs, score.accuracy)
+            # During the search the weights mean nothing without their masks: what was good is the dense model.
+            if stage != "search":
+                self.save(model, "last-good")
+
+        def keep(state: Callable[[], dict[str, Any]]) -> None:
+            if self.keeper.due:
+                self.keep(stage, fit=state(), model=model.state_dict(), **more())
+            if self.keeper.signal is not None:
+                raise StopError(f"{stage}: stopped by {self.keeper.signal}; {self.how_to_go_on()}")
+
+        begun = self.begun(stage)
+        if begun is not None:
+            model.load_state_dict(begun["model"])
+        if c.compile:
+            model.compile()
+        with self.timed(stage):
+            try:
+                fit(
+                    model,
+                    self.training_batches(STAGES.index(stage)),
+                    options,
+                    accelerator=self.accelerator,
+                    hook=hook,
+                    teacher=teacher if c.distill else None,
+                    report=report,
+                    epoch_end=epoch_end,
+                    keep=keep,
+                    start=begun["fit"] if begun is not None else None,
+                )
+            except TrainingError as error:
+                raise TrainingError(f"{stage}: {error}; {self.last_good()}") from error
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"{stage}: out of memory on {self.accelerator.device}; use --accumulate {2 * c.accumulate} "
+                    f"(smaller micro-batches, the same steps); {self.last_good()}"
+                ) from error
+
+    def how_to_go_on(self) -> str:
+        """What to type after a stop."""
+        if self.accelerator.num_processes > 1 or not self.plan.config.checkpoint_minutes:
+            return f"no checkpoint is kept of it; {self.last_good()}"
+        return f"go on with --resume {self.folder.path}"
+
+    def last_good(self) -> str:
+        """Where the weights of the last complete epoch are."""
+        for name in ("last-good", "dense"):
+            if (self.folder.path / name).exists():
+                return f"the last good weights are in {self.folder.path / name}"
+        return "no epoch was complete before that"
+
+    def metrics(self, stage: str, progress: Progress, **more: float) -> None:
+        """A line of metrics.jsonl and, where there is one, the tracker's."""
+        values = {
+            "loss": progress.loss,
+            "accuracy": progress.accuracy,
+            "lr": progress.lr,
+            "images_per_s": progress.images_per_s,
+            **progress.extra,
+            **more,
+        }
+        where = {"stage": stage, "epoch": progress.epoch, "step": progress.step}
+        self.folder.add_line("metrics.jsonl", where | {k: round(v, 6) for k, v in values.items()})
+        # Trackers want steps that only grow.
+        earlier = list(self.plan.steps)[: list(self.plan.steps).index(stage)]
+        step = progress.step + sum(self.plan.steps[name] for name in earlier)
+        self.accelerator.log({f"{stage}/{k}": v for k, v in values.items()}, step=step)
+
+    def measure(self, models: dict[str, nn.Module], final: nn.Module) -> Result:
+        """Everything that result.json says but the seconds."""
+        plan = self.plan
+        self.observer.stage("evaluate", "all models on validation and test, in float32; latency")
+        with self.timed("evaluate"):
+            scores = measure_scores(plan, self.accelerator, models, masked=self.masked)
+        with self.timed("latency"):
+            latency = measure_latency(plan, self.accelerator.device, models["dense"], final)
+        return {
+            "schema": SCHEMA,
+            "status": "complete",
+            **provenance(self.accelerator.device, self.command),
+            "code": code_version(),
+            "weights": weights_hash(self.folder.path / "model"),
+            "start": weights_hash(Path(plan.given.model)),
+            "given": given_values(plan.given),
+            "config": plan.config.model_dump(),
+            "data": plan.data.facts(),
+            "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
+            **scores,
+            "warnings": [*scores["warnings"], *self.notes],
+            "gap": self.masked.get("gap"),
+            **sizes(models["dense"], final),
+            **self.searched,
+            "latency": latency,
+        }
+
+    def training_batches(self, stage: int) -> Batches:
+        """Each stage draws its own order and augmentations: else every stage would begin with the same batches."""
+        plan, c = self.plan, self.plan.config
+        return make_batches(
+            plan.data.train,
+            c.model_copy(update={"seed": c.seed + 1_000_003 * stage}),
+            plan.loaded,
+            self.accelerator,
+            classes=len(plan.data.classes),
+            augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color),
+        )
+
+    def save(self, model: nn.Module, name: str) -> None:
+        """`model` with its image processor as a sub-folder that loads like any Hugging Face model."""
+
+        def fill(folder: Path) -> None:
+            save_pretrained(model, folder)
+            save_image_processor(folder, self.plan.loaded)
+
+        self.folder.write_folder(name, fill)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        began = time.monotonic() - self.seconds.get(stage, 0.0)
+        yield
+        self.seconds[stage] = time.monotonic() - began

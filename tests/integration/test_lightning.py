@@ -1,0 +1,228 @@
+"""The Lightning callback; and the three loops (Trainer, Lightning, plain or Accelerate) decide the same."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import upop
+
+pytest.importorskip("lightning.pytorch")
+from lightning.pytorch import LightningModule, Trainer
+
+from upop.lightning import SearchCallback
+
+STEPS, BATCH, LR = 6, 4, 0.05
+HALF = upop.Target(params=0.5)
+# Lightning warns of its own small workers, logs and loggers.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def samples(count=STEPS * BATCH):
+    source = torch.Generator().manual_seed(3)
+    return [{"pixel_values": torch.randn(3, 16, 16, generator=source), "labels": i % 5} for i in range(count)]
+
+
+class Stream(IterableDataset):
+    """In the order of `samples`, again and again."""
+
+    def __iter__(self):
+        while True:
+            yield from samples()
+
+
+class Module(LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, index):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=LR)
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_is_left_behind():
+    """Accelerate's state is the process's, and its first user decides precision and device for all others."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("vit", image=16, patch=8, width=32, labels=5)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(model, callback, *, module=Module, ckpt_path=None, **options):
+        settings = {
+            "max_steps": STEPS,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer = Trainer(callbacks=[callback], **{**settings, **options})
+        trainer.fit(module(model), DataLoader(Stream(), batch_size=BATCH), ckpt_path=ckpt_path)
+        return trainer
+
+    return run
+
+
+def same(ours, theirs):
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def plain(model, method, tmp_path):
+    search = upop.Search(model, target=HALF, steps=STEPS, method=method)
+    groups = [{"params": model.parameters()}]
+    optimizers = [torch.optim.SGD(groups, lr=LR)]
+    if search.trains_masks:
+        optimizers.append(torch.optim.AdamW(search.trained_masks(), lr=2 / STEPS, weight_decay=0))
+    model.train()
+    for _, batch in zip(range(STEPS), DataLoader(Stream(), batch_size=BATCH), strict=False):
+        (model(**batch).loss + search.penalty()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        search.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    return search
+
+
+def accelerated(model, method, tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=LR)]
+    search = upop.Search(model, target=HALF, steps=STEPS, method=method)
+    if search.trains_masks:
+        optimizers.append(torch.optim.AdamW(search.trained_masks(), lr=2 / STEPS, weight_decay=0))
+    model, loader, *optimizers = accelerator.prepare(model, DataLoader(Stream(), batch_size=BATCH), *optimizers)
+    model.train()
+    for _, batch in zip(range(STEPS), loader, strict=False):
+        accelerator.backward(model(**batch).loss + search.penalty())
+        for optimizer in optimizers:
+            optimizer.step()
+        search.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    return search
+
+
+def hugging_face(model, method, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from upop.callback import SearchCallback
+
+    callback = SearchCallback(target=HALF, method=method)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LR,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, train_dataset=Stream(), callbacks=[callback]).train()
+    return callback.search
+
+
+@pytest.mark.parametrize("method", ["upop", "unified"])
+def test_all_loops_keep_the_same_units(method, model, fit, tmp_path):
+    callback = SearchCallback(target=HALF, method=method)
+    fit(copy.deepcopy(model), callback)
+    expected = callback.search.keep()
+    assert not all(bool(keep.all()) for keep in expected.values())
+    for loop in (plain, accelerated, hugging_face):
+        assert same(loop(copy.deepcopy(model), method, tmp_path).keep(), expected), loop.__name__
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}]
+)
+def test_precision_accumulation_and_clipping_end_in_a_model_of_half_the_size(options, model, fit):
+    callback = SearchCallback(target=HALF)
+    trainer = fit(model, callback, **options)
+    assert (callback.search.steps_done, trainer.global_step) == (STEPS, STEPS)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (callback.slim(), model)]
+    assert sizes[0] == pytest.approx(sizes[1] / 2, rel=0.02)
+    assert float(trainer.callback_metrics["upop_ratio"]) == pytest.approx(callback.search.ratio)
+
+
+@pytest.mark.parametrize("method", ["upop", "unified"])
+def test_a_resumed_fit_ends_as_an_uninterrupted_one(method, model, fit, tmp_path):
+    start = copy.deepcopy(model)
+
+    class StopAt(SearchCallback):
+        """Saves and stops after three steps."""
+
+        state_key = "upop.lightning.SearchCallback"
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "three.ckpt")
+                trainer.should_stop = True
+
+    class FromThird(Stream):
+        def __iter__(self):
+            data = samples()
+            yield from data[3 * BATCH :]
+            yield from data
+
+    whole = SearchCallback(target=HALF, method=method)
+    fit(copy.deepcopy(start), whole)
+    fit(copy.deepcopy(start), StopAt(target=HALF, method=method), min_steps=0)
+    torch.load(tmp_path / "three.ckpt", weights_only=True)
+    resumed = SearchCallback(target=HALF, method=method)
+    type(resumed).state_key = "upop.lightning.SearchCallback"
+    module = Module(start)
+    trainer = Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[resumed],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(FromThird(), batch_size=BATCH), ckpt_path=tmp_path / "three.ckpt")
+    assert same(resumed.search.keep(), whole.search.keep())
+    weights = resumed.search.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in whole.search.model.state_dict().items())
+
+
+def test_what_cannot_work_is_refused_before_training(model, fit):
+    with pytest.raises(upop.UpopError, match="cannot be had under Lightning"):
+        SearchCallback(target=None, max_drop=0.1)
+    with pytest.raises(upop.UpopError, match="unknown option 'intervall'; did you mean 'interval'"):
+        SearchCallback(target=HALF, intervall=2)
+    with pytest.raises(upop.UpopError, match=r"no search before Trainer\.fit"):
+        SearchCallback(target=HALF).slim()
+    with pytest.raises(upop.UpopError, match="the length of the training is unknown"):
+        fit(model, SearchCallback(target=HALF), max_steps=-1, max_epochs=-1)
+
+    class Two(Module):
+        def __init__(self, model):
+            super().__init__(model)
+            self.teacher = copy.deepcopy(model)
+
+    with pytest.raises(upop.UpopError, match=r"expected one model that can be pruned, found model, teacher"):
+        fit(model, SearchCallback(target=HALF), module=Two)
+    told = SearchCallback(target=HALF, attribute="model")
+    fit(model, told, module=Two)
+    assert told.search.model is model
+    model.vit.layers[0].mlp.fc1 = type("LoraLinear", (nn.Linear,), {})(32, 128)
+    with pytest.raises(upop.UpopError, match=r"expected a plain torch\.nn\.Linear, got LoraLinear"):
+        fit(model, SearchCallback(target=HALF))

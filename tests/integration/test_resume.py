@@ -1,0 +1,228 @@
+"""A run that is stopped goes on to the result it would have had, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from upop import checkpoint
+from upop.config import make_config
+from upop.errors import StopError, UpopError
+from upop.run import prune, resume
+
+OPTIONS = {
+    "model": "deit-digits",
+    "data": "digits",
+    "epochs_dense": 2,
+    "epochs_search": 1.5,
+    "epochs_retrain": 1,
+    "batch_size": 64,
+    "subset": 512,
+    "flip": False,
+    "threads": 1,
+    "latency_seconds": 0.02,
+    "checkpoint_minutes": 1e-9,  # before every step
+}
+NUMBERS = ("weights", "accuracy", "loss", "widths", "gap", "ratio", "trajectory", "checks", "params", "macs")
+
+
+def numbers(folder):
+    """What must not depend on an interruption: results, metrics and the trace."""
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_s")
+    return {key: result[key] for key in NUMBERS}, lines, (folder / "trace.npz").read_bytes()
+
+
+class Breaks:
+    """Watches a run and breaks it off after so many steps, as a kill would: without a word."""
+
+    def __init__(self, stage, step):
+        self.where, self.now = (stage, step), ""
+
+    def stage(self, name, about):
+        self.now = name
+        if self.where == (name, 0):
+            raise MemoryError("gone")
+
+    def progress(self, progress):
+        if (self.now, progress.step) == self.where:
+            raise MemoryError("gone")
+
+    def epoch(self, number, accuracy): ...
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    prune(make_config({**OPTIONS, "out": str(out)}))
+    return numbers(out)
+
+
+# The stages have 8 steps an epoch: 16, 12 (half an epoch at the end), 8.
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [("dense", 8), ("search", 0), ("search", 1), ("search", 9), ("retrain", 0), ("retrain", 7)],
+)
+def test_a_broken_run_goes_on_to_the_same_bits(whole, tmp_path, stage, step):
+    out = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        prune(make_config({**OPTIONS, "out": str(out)}), observer=Breaks(stage, step))
+    resume(out)
+    assert numbers(out) == whole
+    assert not (out / "checkpoints").exists(), "a complete run needs none"
+
+
+def test_it_may_be_broken_again_and_again(whole, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        prune(make_config({**OPTIONS, "out": str(out)}), observer=Breaks("dense", 14))
+    for where in [("search", 3), ("search", 11), ("retrain", 2), ("evaluate", 0)]:
+        with pytest.raises(MemoryError):
+            resume(out, observer=Breaks(*where))
+    resume(out)
+    assert numbers(out) == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "unified"},
+        {"method": "taylor", "shrink": "progressive"},
+        {"target": "open", "max_drop": 0.3, "checks": 4},
+        {"optimizer": "adamw", "distill": 0.5, "mixup": 0.2},
+    ],
+    ids=["trained masks", "taylor", "open-ended", "distilled"],
+)
+def test_every_kind_of_search_goes_on_to_the_same_bits(tmp_path, options):
+    outs = [tmp_path / "whole", tmp_path / "broken"]
+    configs = [make_config({**OPTIONS, **options, "epochs_dense": 1, "out": str(out)}) for out in outs]
+    prune(configs[0])
+    with pytest.raises(MemoryError):
+        prune(configs[1], observer=Breaks("search", 9))
+    resume(outs[1])
+    assert numbers(outs[0]) == numbers(outs[1])
+
+
+def test_a_damaged_checkpoint_is_passed_by(whole, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        prune(make_config({**OPTIONS, "out": str(out)}), observer=Breaks("search", 9))
+    newest = sorted((out / "checkpoints").iterdir())[-1] / "tensors.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    resume(out)
+    assert numbers(out) == whole
+
+
+def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(UpopError, match="holds no whole checkpoint; start the run again"):
+        resume(out)
+    config = make_config({**OPTIONS, "out": str(out)})
+    with pytest.raises(MemoryError):
+        prune(config, observer=Breaks("dense", 3))
+    with pytest.raises(UpopError, match=rf"holds a run that was stopped; go on with --resume {out}, or start over"):
+        prune(config)
+    for path in (out / "checkpoints").iterdir():
+        state = checkpoint.read(path)
+        for child in path.iterdir():
+            child.unlink()
+        path.rmdir()
+        checkpoint.write(out / "checkpoints", {**state, "code": "another"})
+    with pytest.raises(UpopError, match="was begun with another code; start the run again with --overwrite"):
+        resume(out)
+    prune(config, go_on=True)
+    with pytest.raises(UpopError, match="this run is complete"):
+        resume(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_process_goes_on_to_the_same_bits(whole, tmp_path, number):
+    out = tmp_path / "run"
+    flags = [
+        part for key, value in OPTIONS.items() if key != "flip" for part in ("--" + key.replace("_", "-"), str(value))
+    ]
+    command = [sys.executable, "-m", "upop.cli", "prune"]
+    process = subprocess.Popen(
+        [*command, *flags, "--no-flip", "--out", str(out)], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints/00000008").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 75
+        assert said.splitlines()[-1].endswith(f"stopped by {number.name}; go on with --resume {out}")
+    subprocess.run([*command, "--resume", str(out)], check=True, capture_output=True)
+    assert numbers(out) == whole
+
+
+# ---------------------------------------------------------------- the format
+
+
+def test_a_checkpoint_returns_what_it_was_given(tmp_path):
+    state = {
+        "optimizers": [{"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3)}}, "groups": [1, 2]}],
+        "text": "a", "none": None, "number": 0.1 + 0.2, "flag": True, "bits": torch.tensor([True, False]),
+        "empty": {}, "half": torch.randn(3).bfloat16(),
+    }  # fmt: skip
+    found = checkpoint.read(checkpoint.write(tmp_path, state))
+    assert found.keys() == state.keys()
+    assert list(found["optimizers"][0]["state"]) == [0]
+    assert torch.equal(found["optimizers"][0]["state"][0]["exp_avg"], state["optimizers"][0]["state"][0]["exp_avg"])
+    assert torch.equal(found["half"], state["half"])
+    assert torch.equal(found["bits"], state["bits"])
+    assert {k: found[k] for k in ("text", "none", "number", "flag", "empty")} == {
+        k: state[k] for k in ("text", "none", "number", "flag", "empty")
+    }
+
+
+@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors", "seal.json"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_told_apart_and_the_one_before_taken(tmp_path, name, damage):
+    for number in (1, 2):
+        path = checkpoint.write(tmp_path, {"number": number, "tensor": torch.arange(5)})
+    file = path / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    {
+        "gone": file.unlink,
+        "cut": lambda: os.truncate(file, len(data) // 2),
+        "flipped": lambda: file.write_bytes(data),
+        "empty": lambda: file.write_bytes(b""),
+    }[damage]()
+    with pytest.raises(UpopError, match=str(path)) as refused:
+        checkpoint.read(path)
+    assert "\n" not in str(refused.value)
+    assert checkpoint.latest(tmp_path)["number"] == 1
+
+
+def test_the_last_two_are_kept(tmp_path):
+    keeper = checkpoint.Keeper(tmp_path, minutes=0)
+    for number in range(4):
+        keeper.save({"number": number})
+    assert [checkpoint.read(path)["number"] for path in sorted(tmp_path.iterdir())] == [2, 3]
+
+
+def test_a_signal_asks_for_a_checkpoint_and_leaves_the_handlers_as_they_were(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    keeper = checkpoint.Keeper(tmp_path, minutes=60)
+    with keeper.listening():
+        assert not keeper.due
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert keeper.due
+        assert keeper.signal == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert issubclass(StopError, UpopError)
