@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from upop.errors import UpopError
+from upop.folder import write_whole
 from upop.report.records import load_results
 
 KEEP = "study.json"
@@ -19,7 +20,7 @@ def collect(source: Path, target: Path) -> int:
     Older result files there that no run in `source` stands behind are removed. Raises UpopError where `source` holds
     no results, or broken ones.
     """
-    results = load_results(source)
+    load_results(source)  # refuses what is broken before anything is copied
     target.mkdir(parents=True, exist_ok=True)
     labels = {path.parent.name: path for path in source.glob("*/result.json")}
     if not labels:
@@ -29,7 +30,7 @@ def collect(source: Path, target: Path) -> int:
             old.unlink()
     for label, path in labels.items():
         text = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"))
-        (target / f"{label}.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(target / f"{label}.json", text + "\n")
     if (source / KEEP).is_file():
         shutil.copyfile(source / KEEP, target / KEEP)
-    return len(results.runs) if hasattr(results, "runs") else len(labels)
+    return len(labels)

@@ -4,6 +4,7 @@ Knows files, not models or stages.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -90,13 +91,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
         if self.main:
-            with disk_errors(self.path / name):
-                temporary = self.path / f".{name}.partial"
-                try:
-                    temporary.write_text(text, encoding="utf-8")
-                    temporary.replace(self.path / name)
-                finally:
-                    temporary.unlink(missing_ok=True)
+            write_whole(self.path / name, text)
 
     def write_folder(self, name: str, fill: Callable[[Path], None]) -> None:
         """Write a sub-folder whole or not at all; `fill` gets the folder to fill."""
@@ -158,6 +153,17 @@ class RunFolder:
             handler.close()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with disk_errors(path):
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Full and read-only disks as one clear line."""
@@ -172,7 +178,17 @@ def disk_errors(path: Path) -> Iterator[None]:
 def weights_hash(model: Path) -> str | None:
     """What tells the weights of a saved model folder from all others; None where there are none to read."""
     file = model / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+    if not file.is_file():
+        return None
+    stat = file.stat()
+    return _digest(file.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(file: Path, changed_ns: int, size: int) -> str:
+    # Studies and checkpoints ask again and again for the same large file: it is read once while it stays as it is.
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def recorded(model: Path, data: Mapping[str, Any]) -> dict[str, dict[str, float]]:

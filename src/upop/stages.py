@@ -35,7 +35,6 @@ from upop.search import Search
 from upop.structures import prunable_cost, removed_cost
 from upop.trace import TraceRecorder
 from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
-from upop.version import code_version
 
 log = logging.getLogger(__name__)
 
@@ -355,13 +354,14 @@ class Stages:
             scores = measure_scores(plan, self.accelerator, models, masked=self.masked)
         with self.timed("latency"):
             latency = measure_latency(plan, self.accelerator.device, models["dense"], final)
+        identity = plan.identity()
         return {
             "schema": SCHEMA,
             "status": "complete",
             **provenance(self.accelerator.device, self.command),
-            "code": code_version(),
+            "code": identity["code"],
             "weights": weights_hash(self.folder.path / "model"),
-            "start": weights_hash(Path(plan.given.model)),
+            "start": identity["start"],
             "given": given_values(plan.given),
             "config": plan.config.model_dump(),
             "data": plan.data.facts(),

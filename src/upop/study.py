@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from upop.config import command_line, given_values
 from upop.errors import UpopError
 from upop.executors import Executor, Job, Outcome
-from upop.folder import weights_hash
+from upop.folder import weights_hash, write_whole
 from upop.run import SCHEMA, Observer, Result, prune
 from upop.studyfile import DENSE, Study, StudyRun
 from upop.version import code_version
@@ -182,9 +182,7 @@ def write_manifest(standing: Standing) -> None:
         "dense": DENSE if study.dense else None,
         "runs": runs,
     }
-    temporary = standing.out / f".{MANIFEST}.partial"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(standing.out / MANIFEST)
+    write_whole(standing.out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _todo(standing: Standing, runs: tuple[StudyRun, ...], retry_failed: bool) -> list[StudyRun]:
@@ -218,7 +216,7 @@ def _take(standing: Standing, run: StudyRun, outcome: Outcome) -> Result | None:
     why = outcome.error or f"its result does not count: {standing.reasons.get(run.label, 'there is none')}"
     file.parent.mkdir(exist_ok=True)
     record = {"label": run.label, "error": why, "command": command_line(run.config), "given": given_values(run.config)}
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(record, indent=1) + "\n")
     return None
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from upop.cli.show import clock, out, quiet_libraries, table
 from upop.errors import UpopError
+from upop.folder import write_whole
 
 
 def study(
@@ -114,9 +115,7 @@ def _write_report(results: Path, target: Path) -> None:
     made = build(results)
     target.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.html", made.html), ("report.md", made.markdown)):
-        temporary = target / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target / name)
+        write_whole(target / name, text)
     out.print(f"report: {target / 'report.html'} and report.md", markup=False)
 
 
