@@ -85,10 +85,10 @@ def _randomise_(model: nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def images() -> Callable[..., Tensor]:
-    """Factory of seeded images [B, 3, 32, 32], standard normal."""
+    """Factory of seeded images [B, 3, size, size], standard normal."""
 
-    def make(count: int = 4, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    def make(count: int = 4, *, seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 32) -> Tensor:
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     return make
 
@@ -116,6 +116,22 @@ def random_keep() -> Callable[..., dict[str, Tensor]]:
             stays = int(s.units * 0.6)
             stays += (stays % 2 == 0) if s.kind == "attn" else 0
             keep[s.name] = torch.randperm(s.units, generator=generator) < stays
+        return keep
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_lanes() -> Callable[..., dict[str, Tensor]]:
+    """Factory of seeded keeps for structures of any kind: widths differ from layer to layer, one block goes."""
+
+    def make(structures: Sequence[Any], *, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        keep = {}
+        for n, s in enumerate(structures):
+            stays = max(1, s.width * (5 + n % 3) // 9)
+            lanes = [torch.randperm(s.width, generator=generator) < stays for _ in range(s.lanes)]
+            keep[s.name] = torch.tensor([s.layer != 1]) if s.drops else torch.cat(lanes)
         return keep
 
     return make

@@ -1,11 +1,31 @@
 """What can be removed from a model: the answer to `upop.analyze(model)`. Values and text only."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from upop.families import find_family
-from upop.structures import Structure, prunable_cost, reachable_ratio, removable_cost
+from upop.costs import Cost, macs_cost, params_cost
+from upop.families import find_family, find_structures
+from upop.latency import LatencyTable, latency_cost
+from upop.ranking import NO_ALIGNMENT, group_price, removable
+from upop.structures import Structure
+from upop.targets import amount, floor4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind: layers, range of units a layer, units that fall together, units that stay in each, and costs.
+
+    `cost` is of what falls together in one layer, per currency, with all else in place.
+    """
+
+    kind: str
+    layers: int
+    units: str
+    step: int
+    floor: int
+    cost: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -15,49 +35,85 @@ class Analysis:
     Attributes:
         model: class name; family: name of its family.
         structures: in layer order.
-        params: parameters of the whole model; prunable: those that belong to some unit; removable: those that can
-            go while every structure keeps its floor.
+        costs: per currency, `params`, `macs` where the model says how large its images are, `latency` where a table
+            is given.
+        align: kind -> multiples of which widths are.
     """
 
     model: str
     family: str
     structures: tuple[Structure, ...]
-    params: int
-    prunable: int
-    removable: int
+    costs: Mapping[str, Cost]
+    align: Mapping[str, int]
 
-    def rows(self) -> list[tuple[str, int, str, int, int]]:
-        """Per kind: (kind, layers, units per layer, cost of one unit in parameters, prunable parameters)."""
+    @property
+    def params_cost(self) -> Cost:
+        return self.costs["params"]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model."""
+        return round(self.params_cost.dense)
+
+    @property
+    def prunable(self) -> int:
+        """Parameters that belong to some unit."""
+        return round(self.params_cost.prunable)
+
+    @property
+    def removable(self) -> int:
+        """Parameters that can go while every structure keeps its floor."""
+        return round(removable(self.params_cost, self.align))
+
+    def rows(self) -> list[Row]:
+        """One a kind, in the order of the structures."""
         result = []
         for kind in dict.fromkeys(s.kind for s in self.structures):
-            of_kind = [s for s in self.structures if s.kind == kind]
-            low, high = min(s.units for s in of_kind), max(s.units for s in of_kind)
+            own = [s for s in self.structures if s.kind == kind]
+            low, high = min(s.width for s in own), max(s.width for s in own)
+            each = self.align.get(kind, 1)
+            costs = {currency: group_price(own[0], cost, self.align) for currency, cost in self.costs.items()}
             units = str(low) if low == high else f"{low} to {high}"
-            result.append((kind, len(of_kind), units, of_kind[0].cost, prunable_cost(of_kind)))
+            result.append(Row(kind, len(own), units, each, each * -(-own[0].floor // each), costs))
         return result
 
     def __str__(self) -> str:
+        heads = {"params": "params a step", "macs": "MMACs a step", "latency": "us a step"}
+        scale = {"params": 1.0, "macs": 1e-6, "latency": 1e3}
         lines = [
             f"{self.model} ({self.family}): {self.params:,} parameters, {self.prunable:,} of them prunable",
-            f"{'kind':<6}{'layers':>7}{'units a layer':>15}{'params a unit':>15}{'params in all':>15}",
+            f"{'kind':<6}{'layers':>7}{'units a layer':>15}{'step':>6}{'floor':>7}"
+            + "".join(f"{heads[currency]:>15}" for currency in self.costs),
         ]
-        lines += [f"{k:<6}{n:>7}{u:>15}{c:>15,}{p:>15,}" for k, n, u, c, p in self.rows()]
-        lines.append(
-            f"reachable: params=0 to params={reachable_ratio(self.structures, self.params):.4f}, "
-            f"prunable=0 to prunable={reachable_ratio(self.structures, self.prunable):.4f}"
-        )
+        for row in self.rows():
+            costs = [f"{row.cost[c] * scale[c]:>15,.{0 if c == 'params' else 3}f}" for c in self.costs]
+            lines.append(f"{row.kind:<6}{row.layers:>7}{row.units:>15}{row.step:>6}{row.floor:>7}" + "".join(costs))
+        for currency, cost in self.costs.items():
+            most = removable(cost, self.align)
+            line = f"reachable: {currency}=0 to {currency}={floor4(most / cost.dense)}"
+            line += f" ({amount(cost.dense, currency)} to {amount(cost.dense - most, currency)})"
+            if currency == "params":
+                line += f", prunable=0 to prunable={floor4(most / cost.prunable)}"
+            lines.append(line)
         return "\n".join(lines)
 
 
-def analyze(model: nn.Module) -> Analysis:
-    """What upop can remove from `model`. Raises ModelError for unsupported models; the model is not touched."""
+def analyze(
+    model: nn.Module,
+    structures: Sequence[str] | None = None,
+    *,
+    align: Mapping[str, int] = NO_ALIGNMENT,
+    latency: LatencyTable | None = None,
+) -> Analysis:
+    """What upop can remove from `model`, as units of the kinds `structures` (upop.kinds), in all currencies.
+
+    Raises ModelError for unsupported models; the model is not touched.
+    """
     family = find_family(model)
-    structures = family.find(model)
-    return Analysis(
-        model=type(model).__name__,
-        family=family.name,
-        structures=structures,
-        params=sum(p.numel() for p in model.parameters()),
-        prunable=prunable_cost(structures),
-        removable=removable_cost(structures),
-    )
+    found = find_structures(model, structures)
+    costs = {"params": params_cost(model, found)}
+    if getattr(getattr(model, "config", None), "image_size", None) is not None:
+        costs["macs"] = macs_cost(model, found)
+    if latency is not None:
+        costs["latency"] = latency_cost(found, latency)
+    return Analysis(type(model).__name__, family.name, found, costs, dict(align))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upop.errors import UpopError, nearest
-from upop.methods import METHODS, NORMALISE
+from upop.methods import KINDS, METHODS, NORMALISE, parse_kinds
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -31,7 +31,9 @@ class PruneConfig(BaseModel):
     model: str = Field(description="Hub name, local folder, or built-in shape such as deit-tiny-cifar")
     data: str = Field(description="cifar10, a Hub data set, digits, or a local folder")
     target: str = Field(
-        "params=0.5", description="what to remove: params=X of all, prunable=X of the prunable ones; open = see below"
+        "params=0.5",
+        description="what to remove: params=0.5, macs=0.5, latency=0.5, prunable=0.5, or what is left: params=11M, "
+        "macs=2.3G, latency=4ms; open = see below",
     )
     out: str = Field("runs/latest", description="folder for everything that comes out")
     stages: str = Field("dense,search,retrain", description="which stages to run, each on the model it is given")
@@ -55,6 +57,14 @@ class PruneConfig(BaseModel):
     )
     temperature: float = Field(2.0, gt=0, description="temperature of distillation")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = off")
+
+    structures: str = Field("attn,mlp", description=f"what competes in the ranking, some of: {', '.join(KINDS)}")
+    align: str = Field(
+        "auto", description="widths as hardware likes them: auto (by device), none, or multiples such as attn=8,mlp=64"
+    )
+    latency_batch: int = Field(1, ge=1, description="images in the pass that a latency target is about")
+    latency_runtime: Literal["eager", "compile", "onnx"] = Field("eager", description="and what runs it")
+    latency_dtype: Literal["float32", "bfloat16"] = Field("float32", description="and in which weights")
 
     method: str = Field("upop", description=f"who goes, and how: {', '.join(METHODS)}")
     shrink: Literal["progressive", "once"] | None = Field(
@@ -137,6 +147,18 @@ class PruneConfig(BaseModel):
             raise ValueError(f"expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
         return value
 
+    @field_validator("structures")
+    @classmethod
+    def _known_kinds(cls, value: str) -> str:
+        return ",".join(parse_kinds(value))
+
+    @field_validator("align")
+    @classmethod
+    def _known_align(cls, value: str) -> str:
+        if value not in ("auto", "none"):
+            parse_align(value)
+        return value
+
     @model_validator(mode="after")
     def _needs_search_for_masks(self) -> "PruneConfig":
         if self.stages == "dense,retrain":
@@ -214,6 +236,20 @@ def command_line(config: PruneConfig) -> str:
         if field.is_required() or value != field.default:
             parts += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
     return shlex.join(parts)
+
+
+def parse_align(text: str) -> dict[str, int]:
+    """`attn=8,mlp=64` as kind -> multiple; `none` as nothing. Raises ConfigError for anything else."""
+    found = {}
+    for part in text.split(",") if text != "none" else []:
+        kind, _, number = (piece.strip() for piece in part.partition("="))
+        if kind not in KINDS or not number.isdecimal() or int(number) < 1:
+            raise ConfigError(
+                f"align: expected auto, none, or multiples such as attn=8,mlp=64, got {part.strip()!r}"
+                + nearest(kind, KINDS)
+            )
+        found[kind] = int(number)
+    return found
 
 
 def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:

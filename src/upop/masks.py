@@ -35,16 +35,23 @@ class Masks:
     """Mask values of a model, attached to it until `detach()`.
 
     `values[name]` is float32 [U], starts at 1, and collects its gradient in `.grad` like any leaf tensor. The values
-    are no parameters of the model: its parameter names, state dict and optimizers do not see them.
+    are no parameters of the model: its parameter names, state dict and optimizers do not see them. `storage` holds
+    the same numbers, structure after structure, one tensor for each device that the model is on.
     """
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
         self.values: dict[str, Tensor] = {}
+        self.storage: dict[torch.device, Tensor] = {}
         forwards: dict[str, _MaskedForward] = {}
+        places = {s.name: linear(model, s.producers[0].path).weight.device for s in structures}
+        for device in dict.fromkeys(places.values()):
+            sizes = {s.name: s.units for s in structures if places[s.name] == device}
+            self.storage[device] = torch.ones(sum(sizes.values()), dtype=torch.float32, device=device)
+            parts = torch.split(self.storage[device], list(sizes.values()))
+            self.values |= {name: part.detach().requires_grad_() for name, part in zip(sizes, parts, strict=True)}
+        self.values = {s.name: self.values[s.name] for s in structures}
         for s in structures:
-            device = linear(model, s.producers[0].path).weight.device
-            mask = torch.ones(s.units, dtype=torch.float32, device=device, requires_grad=True)
-            self.values[s.name] = mask
+            mask = self.values[s.name]
             for port in s.producers:
                 module = linear(model, port.path)
                 _refuse_foreign_forward(module, port.path)

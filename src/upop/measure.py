@@ -21,8 +21,10 @@ from upop.families import find_structures
 from upop.folder import recorded
 from upop.models import fit_head_, load_model
 from upop.plan import Plan, device_type, make_accelerator, make_batches, read_data, set_attention
-from upop.profiling import compare_latency, count_macs, count_params
+from upop.profiling import compare_latency, count_macs, count_params, time_in_turns
+from upop.runtimes import make_runner
 from upop.structures import widths
+from upop.targets import MEASURED_LATENCY
 from upop.train import Score, evaluate
 
 LATENCY_BATCHES = (1, 64)
@@ -97,6 +99,36 @@ def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: n
         for batch in LATENCY_BATCHES
     }
     return {str(batch): {name: asdict(value) for name, value in each.items()} for batch, each in found.items()}
+
+
+def measure_promise(plan: Plan, dense: nn.Module, final: nn.Module) -> dict[str, Any]:
+    """What became of a target in latency: the passes that it is about, timed in turns; empty for other targets."""
+    table = plan.latency
+    if table is None:
+        return {}
+    shape = (table.batch, 3, table.image_size, table.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    passes = {
+        name: make_runner(model, images, runtime=table.runtime, dtype=table.dtype)
+        for name, model in (("before", dense), ("after", final))
+    }
+    found = time_in_turns(passes, device=next(final.parameters()).device, max_seconds=plan.config.latency_seconds)
+    ratio = found["after"].median_ms / found["before"].median_ms
+    wanted = plan.left / table.dense_ms
+    warnings = []
+    if abs(ratio - wanted) > MEASURED_LATENCY * wanted:
+        warnings.append(
+            f"latency: {ratio:.3f} of the dense model's time, not {wanted:.3f} as the table promised ({table}); "
+            "measure again with `upop bench` on a quiet machine"
+        )
+    return {
+        "wanted": wanted,
+        "ratio": ratio,
+        "before_ms": found["before"].median_ms,
+        "after_ms": found["after"].median_ms,
+        "table": table.to_dict(),
+        "warnings": warnings,
+    }
 
 
 def sizes(dense: nn.Module, final: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Methods: UPop, its two halves and the baselines, as values of one search.
+"""Methods: UPop, its two halves and the baselines, as values of one search; and the kinds of units it may rank.
 
 A method says by what units are ranked, whether all kinds compete, and whether the losers shrink or fall at once. Must
 not rank, prune or train by itself, and needs no torch.
@@ -7,9 +7,13 @@ not rank, prune or train by itself, and needs no torch.
 from dataclasses import dataclass
 from typing import Literal
 
+from upop.errors import UpopError, nearest
+
 Score = Literal["gradient", "mask", "magnitude", "taylor", "random", "none"]
 Shrink = Literal["progressive", "once"]
 NORMALISE = ("zscore", "minmax", "rank", "none")  # names of upop.ranking.NORMALISERS
+KINDS = ("attn", "dims", "qk", "v", "head", "mlp", "block")  # of units, see upop.kinds
+DEFAULT_KINDS = ("attn", "mlp")
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,19 @@ METHODS: dict[str, Method] = {
     "random": Method("random", True, "once", "random units, cut once"),
     "dense-continued": Method("none", True, "once", "the same training, nothing pruned: the control"),
 }
+
+
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """`attn,mlp` as kinds. Raises UpopError for unknown kinds, and for two that own the same head dims."""
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UpopError(f"structures: expected some of {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}")
+    owners = [kind for kind in ("attn", "dims") if kind in kinds] + [
+        " and ".join(k for k in kinds if k in ("qk", "v"))
+    ]
+    if len(owners := [owner for owner in owners if owner]) > 1:
+        raise UpopError(f"structures: {' and '.join(owners)} own the same head dims; expected one of attn, dims, qk,v")
+    if owners in (["qk"], ["v"]):
+        raise UpopError("structures: expected qk and v together, as qk,v")
+    return kinds

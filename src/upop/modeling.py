@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     ViTForImageClassification,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deit.modeling_deit import DeiTAttention
+from transformers.models.vit.modeling_vit import ViTAttention, eager_attention_forward
 
 from upop.errors import ModelError
-from upop.families.hf import VIT
+from upop.families.hf import VIT, is_split
+from upop.kinds import refine
 from upop.pretrained import PrunedConfig, PrunedDeiTConfig, PrunedViTConfig
-from upop.structures import widths
 from upop.surgery import cut_
 
 
@@ -67,16 +70,78 @@ AutoModelForImageClassification.register(
 )
 
 
+class _ApartMixin:
+    """An attention whose values have another head dim than its queries; the library's own views all three alike."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' ViTAttention, [B, N, D] -> [B, N, D], with the number of heads taken from q."""
+        heads = self.q_proj.out_features // self.head_dim
+        q_BHNK, k_BHNK, v_BHNV = (
+            projection(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed, weights = attend(
+            self, q_BHNK, k_BHNK, v_BHNV, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class ApartViTAttention(_ApartMixin, ViTAttention):  # type: ignore[misc]
+    """ViTAttention with values of a width of their own."""
+
+
+class ApartDeiTAttention(_ApartMixin, DeiTAttention):  # type: ignore[misc]
+    """DeiTAttention with values of a width of their own."""
+
+
+APART: dict[type[nn.Module], type[nn.Module]] = {
+    ViTAttention: ApartViTAttention,
+    DeiTAttention: ApartDeiTAttention,
+}
+
+
 def _narrow_(model: nn.Module, config: PrunedConfig) -> None:
     """Cut the Linears of a freshly built model to the widths of its config; works on the meta device too."""
-    wanted = {"attn": config.attn_widths, "mlp": config.mlp_widths}
-    structures = VIT.find(model)
-    keep = {}
-    for s in structures:
-        kind_widths = wanted[s.kind]
-        width = s.units if kind_widths is None else kind_widths[s.layer]
-        keep[s.name] = torch.arange(s.units, device="cpu") < width
+    wanted = {"mlp": config.mlp_widths, "head": config.head_counts}
+    if config.value_widths is None:
+        wanted["attn"] = config.attn_widths
+    else:
+        wanted |= {"qk": config.attn_widths, "v": config.value_widths}
+    wanted = {kind: widths for kind, widths in wanted.items() if widths is not None}
+    structures = refine(model, VIT.find(model), list(wanted))
+    # Which units does not matter, there are no weights yet; in each lane, the first.
+    keep = {
+        s.name: (torch.arange(s.width, device="cpu") < (wanted[s.kind] or [])[s.layer]).repeat(s.lanes)
+        for s in structures
+    }
     cut_(model, structures, keep)
+    _tell_apart_(model)
+
+
+def _tell_apart_(model: nn.Module) -> None:
+    """Give attentions whose values have another width than their queries the forward that can do it. In place."""
+    for module in model.modules():
+        if type(module) in APART and is_split(module):
+            module.__class__ = APART[type(module)]
+
+
+def _widths(model: nn.Module, dense_heads: int) -> dict[str, Any]:
+    """What the config of a slimmed model says about its layers."""
+    attentions: list[Any] = [m for m in model.modules() if isinstance(m, tuple(APART))]
+    heads = [m.q_proj.out_features // m.head_dim for m in attentions]
+    values = [m.v_proj.out_features // count for m, count in zip(attentions, heads, strict=True)]
+    queries = [m.head_dim for m in attentions]
+    return {
+        "num_hidden_layers": len(attentions),
+        "attn_widths": queries,
+        "value_widths": values if values != queries else None,
+        "head_counts": heads if set(heads) != {dense_heads} else None,
+        "mlp_widths": [s.units for s in VIT.find(model) if s.kind == "mlp"],
+    }
 
 
 def adopt_(model: nn.Module) -> None:
@@ -84,10 +149,11 @@ def adopt_(model: nn.Module) -> None:
 
     Changing the class changes no computation: the Pruned classes differ in their constructor only.
     """
+    _tell_apart_(model)
     config_class = PrunedViTConfig if isinstance(model, ViTForImageClassification) else PrunedDeiTConfig
     stock: Any = model
     values = {k: v for k, v in stock.config.to_dict().items() if k not in ("model_type", "transformers_version")}
-    values |= {f"{kind}_widths": numbers for kind, numbers in widths(VIT.find(model)).items()}
+    values |= _widths(model, stock.config.num_attention_heads)
     config = config_class.from_dict(values, attn_implementation=stock.config._attn_implementation)
     pruned = _pruned_class(type(model))
     config.architectures = [pruned.__name__]

@@ -6,7 +6,7 @@ Must not train, and must not write anything.
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 
 from upop.analysis import Analysis, analyze
-from upop.config import PruneConfig, given_values
+from upop.config import PruneConfig, given_values, parse_align
+from upop.costs import Cost, params_cost
 from upop.data import Augment, Batches, ImageData, Split, load_data
 from upop.errors import ModelError, UpopError
-from upop.families import find_family
+from upop.families import find_family, find_structures
 from upop.folder import weights_hash
+from upop.latency import LatencyTable
 from upop.methods import METHODS
 from upop.models import LoadedModel, fit_head_, load_model
+from upop.observer import Nobody, Observer
+from upop.penalty import equal_sparsity
 from upop.profiling import count_macs
-from upop.search import equal_sparsity
+from upop.ranking import check_alignment, group_price
 from upop.slim import slim
-from upop.targets import Target
+from upop.structures import Structure
+from upop.targets import TOLERANCE, Target, amount
+from upop.timing import measure_latency_table
 from upop.train import count_steps
 from upop.version import code_version
 
@@ -40,9 +46,11 @@ class Plan:
         given: the configuration as it came.
         config: resolved.
         target: None where the search decides the ratio itself.
-        params_after: parameters left at the target.
-        macs_before, macs_after: multiply-accumulates per image; after: if all layers shrank alike, which the search
-            decides otherwise.
+        kinds: what competes in the ranking; align: kind -> multiples of which widths become.
+        latency: the table of a target in latency.
+        left: what the target leaves, in its own currency.
+        params_after, macs_after: if all layers shrank alike, which the search decides otherwise; but parameters are
+            exact where the target is in them.
         steps: optimizer steps per stage.
     """
 
@@ -52,10 +60,24 @@ class Plan:
     data: ImageData
     analysis: Analysis
     target: Target | None
+    kinds: tuple[str, ...]
+    align: Mapping[str, int]
+    latency: LatencyTable | None
+    left: float
     params_after: int
     macs_before: int
     macs_after: int
     steps: Mapping[str, int]
+
+    def promise(self) -> str:
+        """What the target asks for and how widths may come out, in one line for people."""
+        widths = ", ".join(f"{kind} in multiples of {n}" for kind, n in self.align.items()) or "any"
+        if self.target is None:
+            return f"target open; widths: {widths}"
+        dense, currency = self.analysis.costs[self.target.currency].dense, self.target.currency
+        where = f" ({self.latency})" if self.latency is not None else ""
+        change = f"{amount(dense, currency)} -> {amount(self.left, currency)}"
+        return f"target {self.target}: {change}{where}; widths: {widths}"
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be the same run."""
@@ -67,15 +89,17 @@ class Plan:
         }
 
 
-def make_plan(config: PruneConfig) -> Plan:
+def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, observer: Observer | None = None) -> Plan:
     """Load model and data and check that the run can be done, without training or writing anything.
 
-    Raises UpopError for whatever stands in the way.
+    A target in latency needs a table: `latency`, or one is measured now. Raises UpopError for whatever stands in the
+    way.
     """
     given, device = config, device_type(config.device)
     target = None if config.open_ended else Target.parse(config.target)
     loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
-    analyze(loaded.model)  # refuses an unsupported model before any data is read
+    kinds = tuple(config.structures.split(","))
+    analyze(loaded.model, kinds)  # refuses an unsupported model before any data is read
     if config.has("search") and not find_family(loaded.model).saves:
         raise ModelError(
             f"{config.model}: slimmed models of the class {type(loaded.model).__name__} cannot be saved yet, only ViT "
@@ -84,9 +108,13 @@ def make_plan(config: PruneConfig) -> Plan:
     data = read_data(config, loaded.image_size)
     replace = config.has("dense") or not loaded.trained
     fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
-    analysis = analyze(loaded.model)
+    align = _alignment(config, loaded.model, kinds, device)
     pruned = target is not None and config.has("search") and METHODS[config.method].score != "none"
-    budget = target.budget(analysis.structures, analysis.params) if target is not None and pruned else 0.0
+    if target is not None and target.unit == "latency" and pruned and latency is None:
+        latency = _measure_table(config, loaded, kinds, align, device, observer or Nobody())
+    analysis = analyze(loaded.model, kinds, align=align, latency=latency)
+    cost = analysis.costs[target.currency] if target is not None and pruned else analysis.params_cost
+    budget = target.budget(cost, align) if target is not None and pruned else 0.0
     config = config.resolve(trained=loaded.trained, device_type=device)
     per_epoch = max(1, len(data.train) // config.batch_size)
     epochs = {
@@ -95,14 +123,16 @@ def make_plan(config: PruneConfig) -> Plan:
         "retrain": config.epochs_retrain,
     }
     steps = {stage: count_steps(n, per_epoch) for stage, n in epochs.items() if config.has(stage)}
+    equal = equal_sparsity(analysis.structures, config.sparsity_attn)
     config = config.model_copy(
         update={
-            "sparsity_mlp": equal_sparsity(analysis.structures, config.sparsity_attn)["mlp"]
-            if config.sparsity_mlp is None
-            else config.sparsity_mlp,
+            "sparsity_mlp": equal.get("mlp", 0.0) if config.sparsity_mlp is None else config.sparsity_mlp,
             "lr_mask": config.lr_mask or 2 / steps.get("search", 2),
+            "align": ",".join(f"{kind}={n}" for kind, n in align.items()) or "none",
         }
     )
+    guess = _uniform_keep(analysis.structures, cost, budget)
+    in_params = cost.currency == "params"
     return Plan(
         given=given,
         config=config,
@@ -110,11 +140,60 @@ def make_plan(config: PruneConfig) -> Plan:
         data=data,
         analysis=analysis,
         target=target,
-        params_after=analysis.params - math.ceil(budget),
+        kinds=kinds,
+        align=align,
+        latency=latency,
+        left=cost.dense - budget,
+        params_after=analysis.params - math.ceil(budget if in_params else analysis.params_cost.removed(guess)),
         macs_before=count_macs(loaded.model),
-        macs_after=count_macs(slim(loaded.model, _uniform_keep(analysis, budget / analysis.prunable))),
+        macs_after=count_macs(slim(loaded.model, guess)),
         steps=steps,
     )
+
+
+def _measure_table(
+    config: PruneConfig,
+    loaded: LoadedModel,
+    kinds: Sequence[str],
+    align: Mapping[str, int],
+    device: str,
+    observer: Observer,
+) -> LatencyTable:
+    what = f"{config.latency_runtime}, {config.latency_dtype}, batch {config.latency_batch}"
+    observer.stage("latency", f"measure the time at some widths: {what}")
+    return measure_latency_table(
+        loaded.model.to(device),
+        batch=config.latency_batch,
+        image_size=loaded.image_size,
+        runtime=config.latency_runtime,
+        dtype=config.latency_dtype,
+        structures=kinds,
+        align=align,
+        seconds=4 * config.latency_seconds,
+    )
+
+
+def _alignment(config: PruneConfig, model: nn.Module, kinds: Sequence[str], device: str) -> dict[str, int]:
+    """The multiples that were asked for; by device, those that were measured to matter, halved while too coarse."""
+    if config.align != "auto":
+        wanted = {} if config.align == "none" else parse_align(config.align)
+        for kind in wanted:
+            if kind not in kinds:
+                raise UpopError(f"align: expected kinds among structures = {config.structures}, got {kind!r}")
+        return check_alignment(wanted)
+    if device == "cpu" and config.latency_dtype == "float32":
+        return {}
+    # Matrix units work on tiles; a CPU's are narrow enough for hidden neurons not to matter.
+    tiles = dict.fromkeys(("attn", "dims", "qk", "v"), 8) | ({"mlp": 64} if device != "cpu" else {})
+    structures = find_structures(model, kinds)
+    cost = params_cost(model, structures)
+    align: dict[str, int] = {}
+    for s in structures:
+        each = min(tiles.get(s.kind, 1), s.width)
+        while each > 1 and group_price(s, cost, {s.kind: each}) > 0.5 * TOLERANCE * cost.dense:
+            each //= 2
+        align[s.kind] = min(each, align.get(s.kind, each))
+    return check_alignment(align)
 
 
 def read_data(config: PruneConfig, image_size: int) -> ImageData:
@@ -149,8 +228,22 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _uniform_keep(analysis: Analysis, ratio: float) -> dict[str, Tensor]:
-    return {s.name: torch.arange(s.units) < max(s.floor, round(s.units * (1 - ratio))) for s in analysis.structures}
+def _uniform_keep(structures: Sequence[Structure], cost: Cost, budget: float) -> dict[str, Tensor]:
+    """A keep that reaches `budget` with all dims and neurons narrowed alike, heads and blocks left whole."""
+
+    def keep(ratio: float) -> dict[str, Tensor]:
+        return {
+            s.name: (torch.arange(s.width) < max(s.floor, 1, round(s.width * (1 - ratio)))).repeat(s.lanes)
+            if s.kind not in ("head", "block")
+            else torch.ones(s.units, dtype=torch.bool)
+            for s in structures
+        }
+
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost.removed(keep(middle)) >= budget else (middle, high)
+    return keep(high if budget > 0 else 0.0)
 
 
 def make_accelerator(config: PruneConfig) -> Accelerator:

@@ -1,6 +1,6 @@
-"""The two pictures of a run, drawn from its Result: what survives per layer and kind, accuracy over the stages.
+"""The pictures of a run, drawn from its Result (what survives, accuracy over the stages), and of a benchmark.
 
-Must not need torch: pictures can be redrawn from a result.json anywhere.
+Must not need torch: pictures can be redrawn from a result.json or bench.json anywhere.
 """
 
 import math
@@ -8,14 +8,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-KIND_LABELS = {"attn": "head dims", "mlp": "hidden neurons"}
+from upop.errors import UpopError
+
+KIND_LABELS = {
+    "attn": "head dims",
+    "dims": "head dims, each head its own",
+    "qk": "head dims of queries and keys",
+    "v": "head dims of values",
+    "head": "heads",
+    "mlp": "hidden neurons",
+    "block": "blocks",
+}
 STAGE_LABELS = {
     "dense": "dense",
     "search": "masked\n(after search)",
     "slim": "slimmed",
     "retrain": "retrained",
 }
-COLORS = {"attn": "#4363d8", "mlp": "#e6762b", "validation": "#8a8f98", "test": "#2f7d4f"}
+COLORS = {
+    **dict.fromkeys(("attn", "dims", "qk", "v", "head"), "#4363d8"),
+    "mlp": "#e6762b",
+    "block": "#8e44ad",
+    "validation": "#8a8f98",
+    "test": "#2f7d4f",
+}
+MODEL_COLORS = ("#8a8f98", "#2f7d4f", "#4363d8", "#e6762b", "#8e44ad", "#c0392b", "#16808c", "#7a5c3e")
 
 
 def widths(result: Mapping[str, Any], path: Path) -> None:
@@ -71,3 +88,68 @@ def stages(result: Mapping[str, Any], path: Path) -> None:
     params = result["params"]
     axes.set_title(f"{params['before'] / 1e6:.2f} M to {params['after'] / 1e6:.2f} M parameters", fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def accuracy_over_time(
+    bench: Mapping[str, Any],
+    path: Path,
+    *,
+    runtime: str | None = None,
+    dtype: str | None = None,
+    batch: int | None = None,
+) -> None:
+    """A benchmark's models as points, accuracy against the time of a pass, a panel per runtime and dtype; a PNG.
+
+    `bench` is what bench.json holds. `runtime` and `dtype` choose panels, None = all; `batch` is one for all panels,
+    None = the largest that was measured. Bars are as long as the interquartile range; numbers: times as fast.
+    Raises UpopError where no model with a known accuracy was measured so.
+    """
+    from matplotlib.figure import Figure
+
+    split, known = _accuracies(bench)
+    wanted = {"runtime": runtime, "dtype": dtype, "batch": batch}
+    rows = [row for row in bench["rows"] if row["median_ms"] is not None and row["model"] in known]
+    rows = [row for row in rows if all(value in (None, row[key]) for key, value in wanted.items())]
+    if not rows:
+        asked = " ".join(str(value) for value in wanted.values() if value is not None) or "any way"
+        raise UpopError(f"{path}: nothing to draw, no model of a known accuracy was measured in {asked}")
+    batch = max(row["batch"] for row in rows)
+    rows = [row for row in rows if row["batch"] == batch]
+    panels = list(dict.fromkeys((row["runtime"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(1.2 + 2.7 * len(panels), 3.6 + 0.2 * math.ceil(len(known) / 2)), layout="constrained")
+    first = None
+    for column, panel in enumerate(panels):
+        first = axes = figure.add_subplot(1, len(panels), column + 1, sharey=first)
+        _points(axes, [row for row in rows if (row["runtime"], row["dtype"]) == panel], known, list(known))
+        axes.set_title(" ".join(panel), fontsize=10, loc="left")
+    figure.axes[0].set_ylabel(f"{split} accuracy, %")
+    # A model may have been refused in some of the panels.
+    shown = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, frameon=False)
+    where = bench["hardware"]["device"] + (f", threads: {bench['threads']}" if bench["device"] == "cpu" else "")
+    figure.suptitle(f"Accuracy against the time of a pass of {batch} images ({where})", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _points(axes: Any, rows: list[Any], known: Mapping[str, float], names: list[str]) -> None:
+    for row in rows:
+        color = MODEL_COLORS[names.index(row["model"]) % len(MODEL_COLORS)]
+        x, y, spread = row["median_ms"], 100 * known[row["model"]], row["spread_ms"]
+        axes.errorbar(x, y, xerr=spread / 2, fmt="o", color=color, capsize=3, label=row["model"])
+        if row["speedup"] is not None and row["speedup"] != 1:
+            axes.annotate(
+                f"{row['speedup']:.2f}x", (x, y), (0, 7), textcoords="offset points", fontsize=8, ha="center"
+            )
+    axes.set_xlim(0, 1.15 * max(row["median_ms"] + row["spread_ms"] for row in rows))
+    axes.margins(y=0.2)
+    axes.set_xlabel("milliseconds")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _accuracies(bench: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """The split, test wherever all have it, and the accuracy per model, of those whose runs have recorded one."""
+    found = {model["name"]: model["accuracy"] for model in bench["models"] if model["accuracy"]}
+    split = "test" if all("test" in accuracy for accuracy in found.values()) else "validation"
+    return split, {name: accuracy[split] for name, accuracy in found.items() if split in accuracy}

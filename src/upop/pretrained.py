@@ -1,6 +1,6 @@
 """Save and load: slimmed ViTs as ordinary Hugging Face folders (safetensors + config.json, nothing pickled).
 
-Holds the configs, whose `attn_widths` and `mlp_widths` say how wide each layer is. The model classes live in
+Holds the configs, which say how wide each layer is. The model classes live in
 `upop.modeling` and are imported on first need: transformers' model code takes two seconds to import.
 """
 
@@ -17,15 +17,19 @@ from upop.errors import ModelError
 
 @strict
 class PrunedViTConfig(ViTConfig):  # type: ignore[misc]
-    """A ViT with its own width in every layer.
+    """A ViT with its own width in every layer; removed blocks are simply not among `num_hidden_layers`.
 
     Attributes:
         attn_widths: head dims left, one number a layer, each in [1, head_dim of the dense model]; None = dense.
+        value_widths: head dims of the values, where they are not those of queries and keys; None = attn_widths.
+        head_counts: heads left, each in [1, num_attention_heads]; None = all.
         mlp_widths: hidden neurons left, one number a layer, each >= 1; None = dense.
     """
 
     model_type = "upop_vit"
     attn_widths: list[int] | None = None
+    value_widths: list[int] | None = None
+    head_counts: list[int] | None = None
     mlp_widths: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -39,6 +43,8 @@ class PrunedDeiTConfig(DeiTConfig):  # type: ignore[misc]
 
     model_type = "upop_deit"
     attn_widths: list[int] | None = None
+    value_widths: list[int] | None = None
+    head_counts: list[int] | None = None
     mlp_widths: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -52,7 +58,12 @@ PrunedConfig = PrunedViTConfig | PrunedDeiTConfig
 def _prepare(config: PrunedConfig) -> None:
     """Check the widths, and make the model classes known: whoever holds a config is about to build a model."""
     dense_head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    limits = {"attn_widths": dense_head_dim, "mlp_widths": config.intermediate_size}
+    limits = {
+        "attn_widths": dense_head_dim,
+        "value_widths": dense_head_dim,
+        "head_counts": config.num_attention_heads,
+        "mlp_widths": config.intermediate_size,
+    }
     for name, most in limits.items():
         widths = getattr(config, name)
         if widths is None:

@@ -21,6 +21,27 @@ MOST_RUNS_PER_MIN = 20
 
 
 @dataclass(frozen=True)
+class Times:
+    """Wall-clock milliseconds of repeated calls of one thing, in the order in which they were made; two or more."""
+
+    runs_ms: tuple[float, ...]
+
+    @property
+    def runs(self) -> int:
+        return len(self.runs_ms)
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.runs_ms)
+
+    @property
+    def spread_ms(self) -> float:
+        """Interquartile range."""
+        low, _, high = statistics.quantiles(self.runs_ms, n=4, method="inclusive")
+        return high - low
+
+
+@dataclass(frozen=True)
 class Latency:
     """Wall-clock time of one forward pass of a whole batch.
 
@@ -49,14 +70,42 @@ def count_macs(model: nn.Module, *, image_size: int | None = None, channels: int
     `image_size` in pixels, of a square image; None = the model's own. Masked units count as unmasked ones.
     Raises UpopError where `image_size` is needed and not given.
     """
+    flops: int = _count_flops(model, image_size, channels)[1].get_total_flops()
+    return flops // 2
+
+
+def activation_macs(
+    model: nn.Module, *, image_size: int | None = None, channels: int = 3
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """`count_macs` by where they happen: in Linears, by path; outside of any layer with weights, by the module's path.
+
+    The second are products of activations with each other: attention's logits and mixtures. Third: all MACs of an
+    image, those of convolutions too.
+    """
+    ghost, counter = _count_flops(model, image_size, channels)
+    counts = {path.partition(".")[2]: sum(ops.values()) // 2 for path, ops in counter.get_flop_counts().items()}
+    total: int = counter.get_total_flops() // 2
+    linears: dict[str, int] = {}
+    others: dict[str, int] = {}
+    for path, module in ghost.named_modules():
+        inside = sum(counts.get(f"{path}.{name}" if path else name, 0) for name, _ in module.named_children())
+        own = counts.get(path, 0) - inside if path else 0
+        if isinstance(module, nn.Linear):
+            linears[path] = own
+        elif own and next(module.parameters(recurse=False), None) is None:
+            others[path] = own
+    return linears, others, total
+
+
+def _count_flops(model: nn.Module, image_size: int | None, channels: int) -> tuple[nn.Module, FlopCounterMode]:
+    """A weightless copy of `model`, and what was counted in its forward pass of one image."""
     height, width = _own_image_size(model) if image_size is None else (image_size, image_size)
     ghost = _on_meta(model).eval()
     images = torch.empty(1, channels, height, width, dtype=_weights(model).dtype, device="meta")
     # On the meta device: for CPU tensors the counter does not see scaled_dot_product_attention.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ghost(pixel_values=images)
-    flops: int = counter.get_total_flops()
-    return flops // 2
+    return ghost, counter
 
 
 def compare_latency(
@@ -88,18 +137,38 @@ def compare_latency(
     noise = torch.randn(batch, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     passes = {name: _forward(model, noise) for name, model in models.items()}
     with _eval_mode(models.values()), torch.inference_mode():
-        times_ms = _take_turns(passes, device=device, min_runs=min_runs, max_seconds=max_seconds)
+        times = time_in_turns(passes, device=device, min_runs=min_runs, max_seconds=max_seconds)
     return {
         name: Latency(
             batch=batch,
-            median_ms=statistics.median(found),
-            spread_ms=_interquartile_range(found),
-            runs=len(found),
+            median_ms=found.median_ms,
+            spread_ms=found.spread_ms,
+            runs=found.runs,
             device=str(device),
             dtype=str(_weights(models[name]).dtype).removeprefix("torch."),
         )
-        for name, found in times_ms.items()
+        for name, found in times.items()
     }
+
+
+def time_in_turns(
+    passes: Mapping[str, Callable[[], object]],
+    *,
+    device: str | torch.device = "cpu",
+    min_runs: int = 10,
+    max_seconds: float = 10.0,
+) -> dict[str, Times]:
+    """Times of each of `passes`, called A B A B .., so that a machine that slows down slows all of them.
+
+    After a warm-up, which is not among the times, each runs `min_runs` times, then on until `max_seconds` are over in
+    all, up to 20 * `min_runs` times. Run i of all of them are neighbours in time. `device` is waited for around each
+    call. Gradients and eval mode are the caller's business. Raises UpopError for `min_runs` < 2.
+    """
+    if min_runs < 2:
+        raise UpopError(f"time_in_turns: expected min_runs >= 2, for a median and a spread, got {min_runs}")
+    device = torch.device(device)
+    found = _take_turns(passes, device=device, min_runs=min_runs, max_seconds=max_seconds)
+    return {name: Times(tuple(runs_ms)) for name, runs_ms in found.items()}
 
 
 def _take_turns(
@@ -130,11 +199,6 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _interquartile_range(values: list[float]) -> float:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
 
 
 def _forward(model: nn.Module, images: Tensor) -> Callable[[], object]:

@@ -4,14 +4,20 @@ Must not know models, masks or time. The units with the LARGEST score are pruned
 loss with respect to a mask value says that lowering it lowers the loss (paper, section 3.2).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from upop.structures import Structure, prunable_cost, removable_cost
+from upop.costs import Cost, unit_cost
+from upop.errors import UpopError
+from upop.structures import Structure
 
 Scores = Mapping[str, Tensor]
+NO_ALIGNMENT: Mapping[str, int] = MappingProxyType({})
 
 
 def normalise(structures: Sequence[Structure], scores: Scores, how: str = "zscore") -> dict[str, Tensor]:
@@ -63,63 +69,213 @@ NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def select(structures: Sequence[Structure], scores: Scores, budget: float) -> dict[str, Tensor]:
-    """Keep [U] bool per structure: units fall in order of decreasing score until their summed cost reaches `budget`.
+def select(
+    structures: Sequence[Structure],
+    scores: Scores,
+    budget: float,
+    *,
+    cost: Cost | None = None,
+    align: Mapping[str, int] = NO_ALIGNMENT,
+    slack: float = math.inf,
+) -> dict[str, Tensor]:
+    """Keep [U] bool per structure: units fall in order of decreasing score until what they cost reaches `budget`.
 
-    `budget` is in parameters, in [0, removable cost]. All structures and kinds compete in one ranking. Every
-    structure keeps its `floor` units of lowest score. Ties fall in the order of `structures` and of units: the
-    earlier goes first. Never removes more than needed: without the last unit, the budget is not reached.
+    All structures and kinds compete in one ranking. Where a structure has lanes, or widths are to be multiples of
+    `align[kind]`, units fall in groups, ranked by their mean score: in each lane the `align` units of largest score,
+    so that every group leaves an aligned width, and the best units. Every structure keeps its `floor` units of lowest
+    score, and of whole blocks one stays. Ties fall in the order of `structures` and of units: the earlier goes first.
+    Never removes more than needed: without the last group, the budget is not reached. A group that would overshoot it
+    by more than `slack` (a block may) is passed over, and smaller ones fall instead.
+
+    Args:
+        budget: of what `cost` counts (default: the structures' own costs, in parameters), from 0 to what floors leave.
+        align: kind -> number that widths must be multiples of, default 1. A width that is none at first may stay.
+
+    Runs where the scores are; nothing waits for the device, but where groups are passed over.
     """
-    flat, protected = _flat(structures, scores)
-    costs = torch.cat([torch.full((s.units,), s.cost) for s in structures])
-    order = torch.argsort(flat, descending=True, stable=True)
-    order = order[~protected[order]]
-    spent_before = costs[order].cumsum(0) - costs[order]
-    keep = torch.ones(flat.numel(), dtype=torch.bool)
+    cost = cost or unit_cost(structures)
+    groups = _group(structures, scores, align)
     # Budgets are products of a float ratio and an integer cost: do not let rounding take one unit more.
-    keep[order[spent_before.double() < budget - 1e-6 * max(1.0, budget * 1e-6)]] = False
-    return _per_structure(structures, keep)
+    budget -= 1e-6 * max(1.0, budget * 1e-6)
+    falls = _prefix(structures, groups, cost, budget)
+    if budget > 0 and any(group_price(s, cost, align) > slack for s in structures):
+        falls = _pass_over(structures, groups, cost, budget, slack)
+    return {s.name: ~falls[groups.of[s.name]] for s in structures}
 
 
-def select_uniform(structures: Sequence[Structure], scores: Scores, ratio: float) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Groups:
+    """Units that fall together, over all structures.
+
+    scores [G], float64; structure [G], its index; share [G], of a structure's units; open [G], False where a floor
+    protects the group; of: structure name -> the group of each unit [U].
+    """
+
+    scores: Tensor
+    structure: Tensor
+    share: Tensor
+    open: Tensor
+    of: dict[str, Tensor]
+
+
+def _group(structures: Sequence[Structure], scores: Scores, align: Mapping[str, int]) -> _Groups:
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    of: dict[str, Tensor] = {}
+    device = scores[structures[0].name].device
+    count = 0
+    for s in structures:
+        values_LK = scores[s.name].to(device).double().view(s.lanes, s.width)
+        each = align.get(s.kind, 1)
+        number = -(-s.width // each)
+        if number == s.units:
+            own, group_LK = values_LK[0], torch.arange(s.units, device=device).unsqueeze(0)
+            open_ = torch.ones(s.units, dtype=torch.bool, device=device)
+            last = torch.argsort(own, descending=True, stable=True)[s.units - s.floor :]
+            open_[last] = False
+            share = torch.full((number,), 1 / s.units, dtype=torch.float64, device=device)
+        else:
+            order_LK = torch.argsort(values_LK, dim=1, descending=True, stable=True)
+            # Counted from the best unit, which falls last, so that what stays is a whole number of groups.
+            place_K = number - 1 - torch.arange(s.width - 1, -1, -1, device=device) // each
+            group_LK = torch.empty_like(order_LK).scatter_(1, order_LK, place_K.expand(s.lanes, -1))
+            sizes = torch.zeros(number, dtype=torch.float64, device=device).index_add_(
+                0, place_K, torch.full((s.width,), float(s.lanes), dtype=torch.float64, device=device)
+            )
+            sums = torch.zeros(number, dtype=torch.float64, device=device).index_add_(
+                0, group_LK.flatten(), values_LK.flatten()
+            )
+            own, share = sums / sizes, sizes / s.units
+            open_ = torch.arange(number, device=device) < number - -(-s.floor // each)
+        parts.append((own, share, open_))
+        of[s.name] = (group_LK + count).flatten()
+        count += number
+    sizes_S = torch.tensor([len(own) for own, _, _ in parts])
+    flat, share, open_ = (torch.cat(column) for column in zip(*parts, strict=True))
+    assert flat.device.type != "cpu" or not flat.isnan().any(), "scores must not be NaN"
+    index = torch.repeat_interleave(torch.arange(len(structures)), sizes_S).to(device)
+    return _Groups(flat, index, share, open_ & ~_last_block(structures, flat, index), of)
+
+
+def _last_block(structures: Sequence[Structure], scores: Tensor, index: Tensor) -> Tensor:
+    """Whether each group is the one whole block that stays, bool [G]."""
+    blocks = [n for n, s in enumerate(structures) if s.drops]
+    is_block = torch.isin(index, torch.tensor(blocks, dtype=index.dtype, device=index.device))
+    if not blocks:
+        return is_block
+    # The last of equal scores, as ties fall earlier first.
+    order = torch.argsort(torch.where(is_block, scores, torch.inf), descending=True, stable=True)
+    return torch.zeros_like(is_block).index_fill_(0, order[-1:], True)
+
+
+def _prefix(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget: float) -> Tensor:
+    """Which groups fall, bool [G]: the fewest, in order of score, whose cost reaches `budget`; else all that may."""
+    if budget <= 0:
+        return torch.zeros_like(groups.open)
+    # Protected groups go to the end of the line, where they never fall.
+    order = torch.argsort(
+        torch.where(groups.open, groups.scores, torch.full_like(groups.scores, -torch.inf)),
+        descending=True,
+        stable=True,
+    )
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    if cost.additive:
+        prices = torch.tensor([cost.prices[s.name] * s.width for s in structures], dtype=torch.float64)
+        spent = (prices.to(order.device)[groups.structure] * groups.share)[order]
+        return ((spent.cumsum(0) - spent) < budget)[place] & groups.open
+    low, high = torch.zeros_like(place[0]), groups.open.sum()
+    zeros_S = torch.zeros(len(structures), dtype=torch.float64, device=order.device)
+    # Bisection with tensors, a fixed number of rounds: the device is never asked.
+    for _ in range(len(order).bit_length()):
+        middle = (low + high) // 2
+        gone_S = zeros_S.index_add(0, groups.structure, groups.share * (place < middle))
+        reached = cost.dense - cost.of(1 - gone_S) >= budget
+        low, high = torch.where(reached, low, middle + 1), torch.where(reached, middle, high)
+    return (place < high) & groups.open
+
+
+def _pass_over(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget: float, most: float) -> Tensor:
+    """As `_prefix`, but groups that would end it more than `most` above the budget stay, the next ones go instead."""
+    while True:
+        falls = _prefix(structures, groups, cost, budget)
+        zeros_S = torch.zeros(len(structures), dtype=torch.float64, device=falls.device)
+        gone_S = zeros_S.index_add(0, groups.structure, groups.share * falls)
+        last = torch.where(falls, groups.scores, torch.inf).flip(0).argmin()
+        last = len(falls) - 1 - last
+        over = cost.dense - float(cost.of(1 - gone_S)) - budget
+        others = groups.open.clone()
+        others[last] = False
+        # What would be missed without it must be there to be had from others.
+        rest_S = zeros_S.index_add(0, groups.structure, groups.share * others)
+        if over <= most or cost.dense - float(cost.of(1 - rest_S)) < budget:
+            return falls
+        groups = replace(groups, open=others)
+
+
+def check_alignment(align: Mapping[str, int]) -> dict[str, int]:
+    """Kind -> n >= 2, without what changes nothing. Raises UpopError for what is no whole number >= 1."""
+    for kind, each in align.items():
+        if not isinstance(each, int) or each < 1:
+            raise UpopError(f"align: {kind}: expected a whole number of units, 1 or more, got {each!r}")
+    return {kind: each for kind, each in align.items() if each > 1}
+
+
+def group_price(s: Structure, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
+    """What the units of `s` that fall together cost, all else staying."""
+    return cost.prices[s.name] * min(s.width, align.get(s.kind, 1))
+
+
+def select_uniform(
+    structures: Sequence[Structure],
+    scores: Scores,
+    ratio: float,
+    *,
+    cost: Cost | None = None,
+    align: Mapping[str, int] = NO_ALIGNMENT,
+) -> dict[str, Tensor]:
     """Keep [U] bool as `select`, but each kind by itself, giving up `ratio` in [0, 1] of its own prunable cost.
 
-    What floors keep one kind from giving is left standing: see `uniform_limit` for what can be asked.
+    What floors keep one kind from giving is left standing: see `uniform_limit` for what can be asked. `cost` must be
+    additive.
     """
+    cost = cost or unit_cost(structures)
+    assert cost.additive, "kinds that share weights, and measured times, cannot be split up by kind"
     keep: dict[str, Tensor] = {}
     for kind in dict.fromkeys(s.kind for s in structures):
         own = [s for s in structures if s.kind == kind]
-        keep |= select(own, scores, ratio * prunable_cost(own))
+        part = cost.only(own)
+        keep |= select(own, scores, ratio * part.prunable, cost=part, align=align)
     return keep
 
 
-def uniform_limit(structures: Sequence[Structure]) -> float:
+def uniform_limit(
+    structures: Sequence[Structure], cost: Cost | None = None, align: Mapping[str, int] = NO_ALIGNMENT
+) -> float:
     """The largest ratio that every kind can give by itself."""
-    kinds = dict.fromkeys(s.kind for s in structures)
-    owns = [[s for s in structures if s.kind == kind] for kind in kinds]
-    return min(removable_cost(own) / prunable_cost(own) for own in owns)
+    cost = cost or unit_cost(structures)
+    owns = [cost.only(s for s in structures if s.kind == kind) for kind in dict.fromkeys(s.kind for s in structures)]
+    return min(removable(own, align) / own.prunable for own in owns)
+
+
+def removable(cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
+    """What can go of `cost` while every structure keeps its floor, in whole groups, and one whole block stays."""
+
+    def stays(s: Structure) -> float:
+        each = align.get(s.kind, 1)
+        return min(s.width, each * -(-s.floor // each)) / s.width
+
+    fractions = torch.tensor([stays(s) for s in cost.structures], dtype=torch.float64)
+    blocks = [n for n, s in enumerate(cost.structures) if s.drops]
+    # The cheapest block to keep, its own units at their floors.
+    left = []
+    for block in blocks:
+        kept = fractions.clone()
+        kept[block] = 1.0
+        left.append(float(cost.of(kept)))
+    return cost.dense - min(left, default=float(cost.of(fractions)))
 
 
 def below(structures: Sequence[Structure], scores: Scores, threshold: float) -> dict[str, Tensor]:
-    """Keep [U] bool per structure: every unit with a score above `threshold` falls, but for the floors."""
-    flat, protected = _flat(structures, scores)
-    return _per_structure(structures, (flat <= threshold) | protected)
-
-
-def _flat(structures: Sequence[Structure], scores: Scores) -> tuple[Tensor, Tensor]:
-    """All scores [all U] in float64, and which units floors protect: those that would fall last."""
-    each = [scores[s.name].double().cpu() for s in structures]
-    flat = torch.cat(each)
-    assert not flat.isnan().any(), "scores must not be NaN"
-    return flat, torch.cat([_floor_units(score, s.floor) for score, s in zip(each, structures, strict=True)])
-
-
-def _per_structure(structures: Sequence[Structure], keep: Tensor) -> dict[str, Tensor]:
-    parts = torch.split(keep, [s.units for s in structures])
-    return {s.name: part.clone() for s, part in zip(structures, parts, strict=True)}
-
-
-def _floor_units(scores_U: Tensor, floor: int) -> Tensor:
-    """The `floor` units that would fall last, as bool [U]."""
-    last = torch.argsort(scores_U, descending=True, stable=True)[scores_U.numel() - floor :]
-    return torch.zeros(scores_U.numel(), dtype=torch.bool).index_fill_(0, last, True)
+    """Keep [U] bool per structure, without lanes: every unit with a score above `threshold` falls, but for floors."""
+    groups = _group(structures, scores, NO_ALIGNMENT)
+    falls = (groups.scores > threshold) & groups.open
+    return {s.name: ~falls[groups.of[s.name]] for s in structures}

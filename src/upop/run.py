@@ -12,6 +12,7 @@ from upop import checkpoint
 from upop.config import PruneConfig
 from upop.errors import UpopError
 from upop.folder import RunFolder, is_main_process, own_command
+from upop.latency import LatencyTable
 from upop.observer import Nobody, Observer
 from upop.plan import Plan, cpu_threads, make_accelerator, make_plan
 from upop.stages import CHECKPOINTS, SCHEMA, Result, Stages
@@ -56,19 +57,25 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
         raise UpopError(f"--resume {folder}: holds no whole checkpoint; start the run again with --overwrite")
     config = PruneConfig(**state["config"]).model_copy(update={"out": str(folder)})
     with cpu_threads(config.threads):
-        plan = make_plan(config)
+        plan = make_plan(config, latency=_table(state))
         if other := _differs(state, plan):
             raise UpopError(f"--resume {folder}: was begun with another {other}; start the run again with --overwrite")
         return _carry_out(plan, observer or Nobody(), state["command"], state)
 
 
 def _prune(config: PruneConfig, observer: Observer, command: str | None, go_on: bool) -> Result:
-    plan = make_plan(config)
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
+    plan = make_plan(config, latency=_table(state), observer=observer)
     if state is not None and (other := _differs(state, plan)):
         log.warning("%s: holds a run with another %s; starting over", config.out, other)
         state = None
     return _carry_out(plan, observer, command, state)
+
+
+def _table(state: Mapping[str, Any] | None) -> LatencyTable | None:
+    """The latency table that a stopped run was planned with: measured again, it would be another."""
+    found = state.get("latency") if state is not None else None
+    return None if found is None else LatencyTable.from_dict(found)
 
 
 def _differs(state: Mapping[str, Any], plan: Plan) -> str | None:

@@ -5,7 +5,8 @@ Owns scores, masks and the decision which units stay. Must not know data, optimi
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,34 +17,32 @@ from upop.criteria import random_scores, weight_norms
 from upop.errors import TargetError, TrainingError, UpopError, nearest
 from upop.families import find_structures
 from upop.growth import Growth
+from upop.latency import LatencyTable
 from upop.masks import Masks
 from upop.methods import METHODS, Shrink
-from upop.ranking import NORMALISERS, below, normalise, select, select_uniform, uniform_limit
+from upop.penalty import DEFAULT_SPARSITY, Penalty
+from upop.ranking import (
+    NO_ALIGNMENT,
+    NORMALISERS,
+    below,
+    check_alignment,
+    normalise,
+    removable,
+    select,
+    select_uniform,
+    uniform_limit,
+)
 from upop.schedules import SCHEDULES
 from upop.slim import slim
-from upop.structures import Structure, prunable_cost, removable_cost, removed_cost
-from upop.targets import Target
+from upop.targets import Target, find_cost
 
 log = logging.getLogger(__name__)
 
 GradientOrder = Literal["paper", "authors"]
 
-# The authors' weights for DeiT-Small: equal terms at the start. Under the progressive rule they change nothing (a
-# constant gradient per kind is subtracted by the z-score); they matter where masks are trained by an optimizer.
-DEFAULT_SPARSITY: Mapping[str, float] = {"attn": 4.8e-3, "mlp": 2e-4}
+CHECK_EVERY = 20  # steps between two looks at whether gradients on an accelerator are finite
 # No open-ended search goes further than this fraction of the prunable cost.
 OPEN_LIMIT = 0.95
-
-
-def equal_sparsity(structures: tuple[Structure, ...], attn: float) -> dict[str, float]:
-    """The authors' rule: weights per kind such that all terms of the penalty are equal while all masks are 1.
-
-    `attn` is the weight of the `attn` kind; the others follow from the numbers of units.
-    """
-    units: dict[str, int] = {}
-    for s in structures:
-        units[s.kind] = units.get(s.kind, 0) + s.units
-    return {kind: attn * units.get("attn", count) / count for kind, count in units.items()}
 
 
 class Search:
@@ -62,6 +61,9 @@ class Search:
         model: any model of a known family; its parameters, names and, at the start, outputs are untouched.
         target: what to remove. None for an open-ended search: `threshold`, `max_drop` or `tolerance` then decides.
         steps: optimizer steps that the search lasts, T >= 1.
+        structures: the kinds that compete in the ranking (see `upop.kinds`); the paper's are `attn` and `mlp`.
+        align: kind -> number that widths become multiples of, as hardware likes them; part of the ranking.
+        latency: a table measured by `upop.measure_latency_table`, for a target in latency.
         method: name of a method (see `upop.methods`). With `mask` and `unified`, the optimizer also trains
             `trained_masks()`.
         shrink: `progressive` or `once` in place of the method's own, for methods that do not train masks.
@@ -69,7 +71,7 @@ class Search:
         interval: masks are re-decided every `interval` steps and at the last one; the paper's is 1.
         normalise: how scores of a kind are made comparable (see `upop.ranking`); the paper's is `zscore`.
         gradient_order: `paper` normalises each step's gradients, then sums; `authors` sums raw gradients first.
-        sparsity: weight of `sum |mask|` in `penalty()` per kind.
+        sparsity: weight of `sum |mask|` in `penalty()` per kind; None = the authors' for `attn` and `mlp`.
         threshold: prune every unit whose normalised accumulated score is above it, whatever that comes to.
         max_drop: the largest ratio whose accuracy, told by `observe`, is at most this far below the first one.
         tolerance: the ratio grows while the accuracy falls by at most this from one check to the next.
@@ -85,13 +87,16 @@ class Search:
         *,
         target: Target | None,
         steps: int,
+        structures: Sequence[str] | None = None,
+        align: Mapping[str, int] = NO_ALIGNMENT,
+        latency: LatencyTable | None = None,
         method: str = "upop",
         shrink: Shrink | None = None,
         schedule: str = "sine",
         interval: int = 1,
         normalise: str = "zscore",
         gradient_order: GradientOrder = "paper",
-        sparsity: Mapping[str, float] = DEFAULT_SPARSITY,
+        sparsity: Mapping[str, float] | None = None,
         threshold: float | None = None,
         max_drop: float | None = None,
         tolerance: float | None = None,
@@ -105,30 +110,39 @@ class Search:
         _one_of("schedule", schedule, SCHEDULES)
         _one_of("normalise", normalise, NORMALISERS)
         _one_of("gradient_order", gradient_order, ("paper", "authors"))
-        self.model = model
-        self.structures = find_structures(model)
+        self.model, self._name = model, method
+        self.structures = find_structures(model, structures)
         self.method = dataclasses.replace(METHODS[method], shrink=shrink or METHODS[method].shrink)
         self.target, self.steps, self.interval = target, steps, interval
         self.schedule, self.normalise, self.gradient_order = schedule, normalise, gradient_order
-        self.threshold, self.sparsity, self.seed = threshold, dict(sparsity), seed
-        kinds = {s.kind for s in self.structures}
-        for kind in sparsity:
-            _one_of("sparsity", kind, kinds)
+        kinds = list(dict.fromkeys(s.kind for s in self.structures))
+        for what, values in (("sparsity", sparsity or {}), ("align", align)):
+            for kind in values:
+                _one_of(what, kind, kinds)
+        self.threshold, self.seed = threshold, seed
+        self.align = check_alignment(align)
+        self.sparsity = (
+            {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds} if sparsity is None else dict(sparsity)
+        )
+        self.cost = find_cost(model, self.structures, "params" if target is None else target.currency, latency)
         self._check_goal(max_drop, tolerance)
-        # As a fraction of the prunable parameters, whatever the target's own unit is.
+        # As a fraction of what the units cost, whatever the target's own unit is.
         self.target_ratio = self._target_ratio()
+        budget = self.target_ratio * self.cost.prunable
+        self._slack = math.inf if target is None else target.slack(self.cost, budget)
         self.growth: Growth | None = None
         if max_drop is not None or tolerance is not None:
             limit = self.target_ratio if target is not None else min(OPEN_LIMIT, self._most())
             self.growth = Growth(limit, steps, min(checks, steps), max_drop, tolerance)
         self.ratio = 0.0
         self.steps_done = 0
-        self._name = method
-        self._scores = {s.name: torch.zeros(s.units, dtype=torch.float64) for s in self.structures}
-        self._keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in self.structures}
         self.masks = Masks(model, self.structures)
-        # Where the penalty's gradient arrives: kept apart, since next to it a mask's own gradient would be rounded.
-        self._twins = {name: mask.detach().requires_grad_() for name, mask in self.masks.values.items()}
+        # Where scores are gathered and units ranked: a search step must not wait for an accelerator.
+        self._device = next(iter(self.masks.storage))
+        self._scores = self._per_unit(torch.float64, 0.0)
+        self._keep = self._per_unit(torch.bool, True)
+        self._failed = torch.zeros((), dtype=torch.bool, device=self._device)
+        self._penalty = Penalty(self.masks, self.structures, self.sparsity, trained=self.trains_masks)
         if self.trains_masks:
             for mask in self.masks.values.values():
                 mask.register_post_accumulate_grad_hook(_average_gradient_)  # type: ignore[no-untyped-call]
@@ -154,9 +168,7 @@ class Search:
 
     def penalty(self) -> Tensor:
         """Sparsity loss: sum over kinds of weight * sum |mask| (scalar, differentiable)."""
-        values = self.masks.values if self.trains_masks else self._twins
-        terms = [self.sparsity.get(s.kind, 0.0) * values[s.name].abs().sum() for s in self.structures]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self._penalty.value()
 
     def step(self) -> None:
         """Take in the mask gradients of the last backward(s) and, when due, re-decide all masks.
@@ -209,7 +221,7 @@ class Search:
 
     def keep(self) -> dict[str, Tensor]:
         """Structure name -> bool [U], True = stays; as decided at the last update (all True before the first)."""
-        return {name: value.clone() for name, value in self._keep.items()}
+        return {name: value.cpu().clone() for name, value in self._keep.items()}
 
     def slim(self) -> nn.Module:
         """A new, smaller model; after a progressive search with the outputs of the masked one. Ours stays as it is.
@@ -233,7 +245,7 @@ class Search:
             "steps_done": self.steps_done,
             "ratio": self.ratio,
             "settings": self._settings(),
-            "scores": {k: v.clone() for k, v in self._scores.items()},
+            "scores": {k: v.cpu().clone() for k, v in self._scores.items()},
             "keep": self.keep(),
             "masks": {k: v.detach().cpu().clone() for k, v in self.masks.values.items()},
             "growth": None if self.growth is None else self.growth.state_dict(),
@@ -249,8 +261,8 @@ class Search:
                 "build the search with the saved settings"
             )
         self.steps_done, self.ratio = state["steps_done"], state["ratio"]
-        self._scores = {k: v.clone() for k, v in state["scores"].items()}
-        self._keep = {k: v.clone() for k, v in state["keep"].items()}
+        self._scores = {k: v.to(self._device, copy=True) for k, v in state["scores"].items()}
+        self._keep = {k: v.to(self._device, copy=True) for k, v in state["keep"].items()}
         self.masks.set_(state["masks"])
         if self.growth is not None:
             self.growth.load_state_dict(state["growth"])
@@ -259,6 +271,7 @@ class Search:
         growth = self.growth
         return {
             "units": {s.name: s.units for s in self.structures},
+            "align": self.align,
             "target": str(self.target),
             "steps": self.steps,
             "method": self._name,
@@ -290,14 +303,24 @@ class Search:
                 raise TargetError(f"{name}: expected a fraction from 0 to 1 (0.01 = one point), got {value}")
             if self.method.shrink != "progressive":
                 raise TargetError(f"{name}: needs a progressive search, and this one cuts once at the end")
+        if not self.method.unified and not self.cost.additive:
+            raise TargetError(
+                f"method {self._name}: gives every kind the same ratio, which a target in latency, or units within "
+                "heads and blocks, do not have; use a unified method"
+            )
+        if self.threshold is not None and (
+            any(s.lanes > 1 for s in self.structures) or set(self.align.values()) > {1}
+        ):
+            raise TargetError(
+                "threshold: decides on each unit by itself; leave out align, and kinds of units per head"
+            )
         if self.trains_masks and self.method.shrink == "progressive":
             raise TargetError("shrink: a method that trains its masks cuts once; progressive would overwrite them")
 
     def _target_ratio(self) -> float:
         if self.target is None or self.method.score == "none":
             return 0.0
-        params = sum(p.numel() for p in self.model.parameters())
-        ratio = self.target.budget(self.structures, params) / prunable_cost(self.structures)
+        ratio = self.target.budget(self.cost, self.align) / self.cost.prunable
         if ratio > self._most():
             raise TargetError(
                 f"target {self.target}: cannot be met with the same ratio in every kind; reachable is "
@@ -308,8 +331,8 @@ class Search:
     def _most(self) -> float:
         """The largest ratio of the prunable cost that this method can remove."""
         if self.method.unified:
-            return removable_cost(self.structures) / prunable_cost(self.structures)
-        return uniform_limit(self.structures)
+            return removable(self.cost, self.align) / self.cost.prunable
+        return uniform_limit(self.structures, self.cost, self.align)
 
     def _take_gradients(self) -> None:
         """Add this step's gradients to the scores, in float64."""
@@ -319,19 +342,34 @@ class Search:
                 "Search.step(): no gradient has reached the masks since the last step; call it once after "
                 "loss.backward(), with the model in use being the one given to Search"
             )
-        gradients = {name: g.double() for name, g in _mean_over_processes(found).items()}
-        for name, twin in self._twins.items():
-            if twin.grad is not None:
-                gradients[name] += twin.grad.double().cpu()
-                twin.grad = None
-        if not all(bool(g.isfinite().all()) for g in gradients.values()):
-            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite at step {self.steps_done + 1}")
+        gradients = self._split(_mean_over_processes([found[s.name].to(self._device) for s in self.structures]))
+        gradients = self._penalty.add_gradients(gradients)
+        self._failed |= ~torch.cat(list(gradients.values())).isfinite().all()
+        # Asking an accelerator waits for it: seldom is soon enough, since what is not finite stays so in the scores.
+        if self._device.type == "cpu" or self.steps_done % CHECK_EVERY == 0 or self.steps_done == self.steps - 1:
+            self._check_finite()
         if self.method.score == "taylor":
-            gradients = {name: (self.masks.values[name].detach().cpu() * g).abs() for name, g in gradients.items()}
+            values = {name: mask.detach().to(self._device) for name, mask in self.masks.values.items()}
+            gradients = {name: (values[name] * g).abs() for name, g in gradients.items()}
         elif self.gradient_order == "paper":
             gradients = normalise(self.structures, gradients, self.normalise)
         for name, value in gradients.items():
             self._scores[name] += value
+
+    def _check_finite(self) -> None:
+        if bool(self._failed):
+            self._failed.zero_()
+            where = f"{'at' if self._device.type == 'cpu' else 'by'} step {self.steps_done + 1}"
+            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite {where}")
+
+    def _per_unit(self, dtype: torch.dtype, value: float) -> dict[str, Tensor]:
+        """Structure name -> [U] of one value."""
+        return {s.name: torch.full((s.units,), value, dtype=dtype, device=self._device) for s in self.structures}
+
+    def _split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Numbers of all units, structure after structure, by name."""
+        parts = torch.split(flat, [s.units for s in self.structures])
+        return {s.name: part for s, part in zip(self.structures, parts, strict=True)}
 
     def _ranked(self) -> dict[str, Tensor]:
         """Scores [U], float64, by which units fall: the largest first."""
@@ -345,10 +383,10 @@ class Search:
         small_first = {
             "taylor": lambda: self._scores,
             "magnitude": lambda: weight_norms(self.model, self.structures),
-            "mask": lambda: {k: v.detach().cpu().abs() for k, v in self.masks.values.items()},
+            "mask": lambda: {k: v.detach().abs() for k, v in self.masks.values.items()},
             "random": lambda: random_scores(self.structures, self.seed),
         }[self.method.score]()
-        return normalise(self.structures, {name: -score for name, score in small_first.items()}, how)
+        return normalise(self.structures, {name: -score.to(self._device) for name, score in small_first.items()}, how)
 
     def _decide(self, fraction: float) -> None:
         """Prune `fraction` in [0, 1] of the target: re-select from all units, then set every mask (lines 9 to 14)."""
@@ -357,11 +395,18 @@ class Search:
         self.ratio = self.target_ratio * fraction if self.growth is None else self.growth.ratio(self.steps_done)
         if self.threshold is not None:
             self._keep = below(self.structures, self._ranked(), self.threshold)
-            self.ratio = removed_cost(self.structures, self._keep) / prunable_cost(self.structures)
+            self.ratio = self.cost.removed(self._keep) / self.cost.prunable
         elif self.method.unified:
-            self._keep = select(self.structures, self._ranked(), self.ratio * prunable_cost(self.structures))
+            self._keep = select(
+                self.structures,
+                self._ranked(),
+                self.ratio * self.cost.prunable,
+                cost=self.cost,
+                align=self.align,
+                slack=self._slack,
+            )
         else:
-            self._keep = select_uniform(self.structures, self._ranked(), self.ratio)
+            self._keep = select_uniform(self.structures, self._ranked(), self.ratio, cost=self.cost, align=self.align)
         if self.method.shrink == "progressive":
             # Open-ended searches may end at any check, so that their losers are at 0 at once.
             value = 0.0 if self.growth is not None else 1.0 - fraction
@@ -381,12 +426,10 @@ def _average_gradient_(mask: Tensor) -> None:
         mask.grad /= torch.distributed.get_world_size()
 
 
-def _mean_over_processes(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients on the CPU, averaged over processes where there are several: masks are not known to DDP."""
-    sizes = [g.numel() for g in gradients.values()]
-    flat = torch.cat([g.reshape(-1) for g in gradients.values()])
+def _mean_over_processes(gradients: list[Tensor]) -> Tensor:
+    """Gradients of all units in float64, averaged over processes where there are several: DDP does not know masks."""
+    flat = torch.cat([g.reshape(-1) for g in gradients])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
-    # One transfer for all structures: the only host synchronisation of a search step.
-    return dict(zip(gradients, torch.split(flat.cpu(), sizes), strict=True))
+    return flat.double()

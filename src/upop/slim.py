@@ -7,9 +7,10 @@ import copy
 
 from torch import nn
 
-from upop.families import find_family
-from upop.structures import check_keep
-from upop.surgery import Keep, set_sizes_, smaller_parameters
+from upop.families import find_family, find_structures
+from upop.kinds import kinds_of
+from upop.structures import check_keep, dropped_blocks, linear
+from upop.surgery import Keep, drop_, set_sizes_, smaller_parameters
 
 # What Accelerate leaves on a prepared model: a copy that kept them would count as prepared, and run in the wrong
 # precision or unwrapped in several processes.
@@ -19,27 +20,31 @@ ACCELERATE_MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
 def slim(model: nn.Module, keep: Keep) -> nn.Module:
     """A new model without the units where `keep` is False; `model` stays as it is.
 
-    `keep` maps every structure's name to bool [U], True = stays. Outputs equal those of `model` with the removed
-    units masked to 0. The attention scale stays the original `head_dim ** -0.5`. Peak memory is the two models'.
+    `keep` maps every structure's name to bool [U], True = stays; its names say of which kinds the structures are.
+    Outputs equal those of `model` with the removed units masked to 0. The attention scale stays the original
+    `head_dim ** -0.5`. Peak memory is the two models'.
     Raises UpopError for a `keep` that does not fit the model.
     """
     family = find_family(model)
-    structures = family.find(model)
+    structures = find_structures(model, kinds_of(keep))
     check_keep(structures, keep)
     parameters = smaller_parameters(model, structures, keep)
+    dropped = dropped_blocks(structures, keep)
     # Handing deepcopy the smaller parameters as already copied keeps the full-size ones from being copied at all.
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {id(model.get_submodule(path)): nn.Identity() for path in dropped}
     for path, smaller in parameters.items():
         module = model.get_submodule(path)
         memo |= {id(getattr(module, name)): parameter for name, parameter in smaller.items()}
-        # Masks may be attached to the original; the copy must not carry them over.
-        if "forward" in module.__dict__:
-            memo[id(module.__dict__["forward"])] = None
+    # Masks may be attached to the original; the copy must not carry them over.
+    masked = [m for s in structures for port in s.producers if "forward" in (m := linear(model, port.path)).__dict__]
+    memo |= {id(module.__dict__["forward"]): None for module in masked}
     small = copy.deepcopy(model, memo)
     for mark in ACCELERATE_MARKS:
         vars(small).pop(mark, None)
-    for path in parameters:
-        small.get_submodule(path).__dict__.pop("forward", None)
+    for module in small.modules():
+        if module.__dict__.get("forward", module) is None:
+            del module.__dict__["forward"]
     set_sizes_(small, structures, keep)
+    drop_(small, dropped)
     family.finish_(small)
     return small

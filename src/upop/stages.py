@@ -24,15 +24,23 @@ from upop.data import Augment, Batches
 from upop.errors import StopError, TrainingError
 from upop.folder import RunFolder, disk_errors, provenance, weights_hash
 from upop.hook import SearchHook
-from upop.measure import measure_latency, measure_masked, measure_scores, plain_batches, sizes
+from upop.measure import (
+    measure_latency,
+    measure_masked,
+    measure_promise,
+    measure_scores,
+    plain_batches,
+    sizes,
+)
 from upop.modeling import load
 from upop.models import save_image_processor
 from upop.observer import Observer
+from upop.penalty import equal_sparsity
 from upop.plan import Plan, make_batches, set_attention
 from upop.pretrained import save_pretrained
 from upop.profiling import count_params
 from upop.search import Search
-from upop.structures import prunable_cost, removed_cost
+from upop.structures import kept_widths, widths
 from upop.trace import TraceRecorder
 from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
 
@@ -83,6 +91,7 @@ class Stages:
             "masked": self.masked,
             "notes": self.notes,
             "seconds": self.seconds,
+            "latency": self.plan.latency and self.plan.latency.to_dict(),
             "metrics_size": self.folder.size("metrics.jsonl"),
             "fit": None,
             **more,
@@ -166,13 +175,17 @@ class Stages:
             model,
             target=self.plan.target,
             steps=self.plan.steps["search"],
+            structures=self.plan.kinds,
+            align=self.plan.align,
+            latency=self.plan.latency,
             method=c.method,
             shrink=c.shrink,
             schedule=c.schedule,
             interval=c.interval,
             normalise=c.normalise,
             gradient_order=c.gradient_order,
-            sparsity={"attn": c.sparsity_attn, "mlp": c.sparsity_mlp or 0.0},
+            sparsity=equal_sparsity(self.plan.analysis.structures, c.sparsity_attn)
+            | ({"mlp": c.sparsity_mlp or 0.0} if "mlp" in self.plan.kinds else {}),
             threshold=c.threshold,
             max_drop=c.max_drop,
             tolerance=c.tolerance,
@@ -206,7 +219,8 @@ class Stages:
         if self.folder.main:
             with disk_errors(self.folder.path / "trace.npz"):
                 trace.save(self.folder.path / "trace.npz")
-        removed = removed_cost(search.structures, search.keep())
+        keep, size = search.keep(), self.plan.analysis.params_cost
+        removed = size.removed(keep)
         lost, allowed = search.growth.cost_of_training if search.growth else 0.0, c.max_drop or c.tolerance or 0.0
         if lost > allowed:
             self.notes.append(
@@ -216,9 +230,11 @@ class Stages:
         self.searched = {
             "ratio": {
                 "target": self.plan.target and self.plan.target.value,
-                "prunable": removed / prunable_cost(search.structures),
-                "params": removed / self.plan.analysis.params,
+                "prunable": removed / size.prunable,
+                "params": removed / size.dense,
+                search.cost.currency: search.cost.removed(keep) / search.cost.dense,
             },
+            "widths": {"before": widths(search.structures), "after": kept_widths(search.structures, keep)},
             "trajectory": trace.summary(),
             "checks": search.growth and search.growth.history,
         }
@@ -354,6 +370,7 @@ class Stages:
             scores = measure_scores(plan, self.accelerator, models, masked=self.masked)
         with self.timed("latency"):
             latency = measure_latency(plan, self.accelerator.device, models["dense"], final)
+            promised = measure_promise(plan, models["dense"], final)
         identity = plan.identity()
         return {
             "schema": SCHEMA,
@@ -367,11 +384,14 @@ class Stages:
             "data": plan.data.facts(),
             "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
             **scores,
-            "warnings": [*scores["warnings"], *self.notes],
+            "warnings": [*scores["warnings"], *self.notes, *promised.get("warnings", [])],
             "gap": self.masked.get("gap"),
             **sizes(models["dense"], final),
             **self.searched,
             "latency": latency,
+            "structures": plan.kinds,
+            "align": dict(plan.align),
+            "latency_target": promised or None,
         }
 
     def training_batches(self, stage: int) -> Batches:

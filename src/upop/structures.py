@@ -4,8 +4,10 @@ Masking, ranking and slimming know structures and nothing of a model family; thi
 
 Vocabulary
     structure   one prunable group of equal units in one layer, named `<kind>.<layer>`
-    kind        the type of a structure: `attn` (head dims), `mlp` (hidden neurons)
-    unit        the smallest thing that can be removed from a structure
+    kind        the type of a structure: `attn` (head dims), `mlp` (hidden neurons), and others: see `upop.kinds`
+    unit        the smallest thing that has a mask of its own
+    lane        units that must stay in equal number in each lane: the heads, where each has head dims of its own
+    width       units that stay in a lane: what the layer's shape is made of
     keep        bool [units], True = stays
     cost        parameters that removing one unit removes from the model
     ratio       fraction REMOVED, in [0, 1]
@@ -65,6 +67,13 @@ class Structure:
 
     `producers` are the Linears whose output rows the units own (these are masked), `consumers` those whose
     input columns they own. At least `floor` units always stay.
+
+    Attributes:
+        cost: parameters that one unit removes from the whole model.
+        lanes: the units are laid out as (lanes, units / lanes), and as many must stay in each lane.
+        block: path of the block that the structure is in; empty where its family does not say.
+        drops: the structure is a whole block: without its only unit the module at `block` goes, list entry and all.
+        allows: the finer kinds that this structure can be taken apart into, see `upop.kinds`.
     """
 
     kind: str
@@ -75,10 +84,19 @@ class Structure:
     consumers: tuple[Port, ...]
     attributes: tuple[Attribute, ...] = ()
     floor: int = 1
+    lanes: int = 1
+    block: str = ""
+    drops: bool = False
+    allows: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.kind}.{self.layer}"
+
+    @property
+    def width(self) -> int:
+        """Units in each lane."""
+        return self.units // self.lanes
 
 
 def linear(model: nn.Module, path: str) -> nn.Linear:
@@ -101,6 +119,9 @@ def make_structure(
     producers: Sequence[Port],
     consumers: Sequence[Port],
     attributes: Sequence[Attribute] = (),
+    lanes: int = 1,
+    block: str = "",
+    allows: Sequence[str] = (),
 ) -> Structure:
     """A Structure whose unit cost is derived from, and checked against, the shapes in `model`.
 
@@ -115,7 +136,18 @@ def make_structure(
         module = linear(model, port.path)
         _check_size(port, "in_features", module.in_features, units)
         cost += port.outer * port.inner * module.out_features
-    return Structure(kind, layer, units, cost, tuple(producers), tuple(consumers), tuple(attributes))
+    return Structure(
+        kind,
+        layer,
+        units,
+        cost,
+        tuple(producers),
+        tuple(consumers),
+        tuple(attributes),
+        lanes=lanes,
+        block=block,
+        allows=tuple(allows),
+    )
 
 
 def _check_size(port: Port, what: str, size: int, units: int) -> None:
@@ -148,11 +180,30 @@ def removed_cost(structures: Iterable[Structure], keep: Mapping[str, Tensor]) ->
 
 
 def widths(structures: Iterable[Structure]) -> dict[str, list[int]]:
-    """Kind -> units, one number a layer."""
+    """Kind -> units in a lane, one number a layer."""
     found: dict[str, list[int]] = {}
     for s in structures:
-        found.setdefault(s.kind, []).append(s.units)
+        found.setdefault(s.kind, []).append(s.width)
     return found
+
+
+def kept_widths(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Kind -> units that stay in a lane, one number a layer; 0 in blocks that go as a whole."""
+    gone = dropped_blocks(structures, keep)
+    found: dict[str, list[int]] = {}
+    for s in structures:
+        found.setdefault(s.kind, []).append(0 if is_within(s.block, gone) else int(keep[s.name].sum()) // s.lanes)
+    return found
+
+
+def dropped_blocks(structures: Iterable[Structure], keep: Mapping[str, Tensor]) -> list[str]:
+    """Paths of the blocks that go as a whole."""
+    return [s.block for s in structures if s.drops and not bool(keep[s.name].any())]
+
+
+def is_within(path: str, blocks: Iterable[str]) -> bool:
+    """Whether the module at `path` is one of `blocks` or inside one."""
+    return any(path == block or path.startswith(f"{block}.") for block in blocks)
 
 
 def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> None:
@@ -171,3 +222,7 @@ def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> N
             )
         if int(value.sum()) < s.floor:
             raise UpopError(f"keep[{s.name!r}]: at least {s.floor} unit(s) must stay, got {int(value.sum())}")
+        if s.lanes > 1 and len(counts := set(value.view(s.lanes, -1).sum(1).tolist())) > 1:
+            raise UpopError(
+                f"keep[{s.name!r}]: expected as many units to stay in each of {s.lanes} heads, got {sorted(counts)}"
+            )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from upop.structures import Structure, check_keep, linear
+from upop.structures import Structure, check_keep, dropped_blocks, is_within, linear
 
 Keep = Mapping[str, Tensor]
 
@@ -24,12 +24,14 @@ def cut_(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
         for name, parameter in parameters.items():
             setattr(module, name, parameter)
     set_sizes_(model, structures, keep)
+    drop_(model, dropped_blocks(structures, keep))
 
 
 def smaller_parameters(
     model: nn.Module, structures: Sequence[Structure], keep: Keep
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """Path of each Linear that structures touch -> its `weight` (and `bias`) with only what stays, as copies."""
+    """Path of each Linear that structures cut -> its `weight` (and `bias`) with only what stays, as copies."""
+    structures = staying(structures, keep)
     gains = _gains(structures, keep)
     return {
         path: _sliced(linear(model, path), rows, columns, gains.get(path))
@@ -37,10 +39,25 @@ def smaller_parameters(
     }
 
 
+def staying(structures: Sequence[Structure], keep: Keep) -> list[Structure]:
+    """The structures whose rows and columns are cut: those of blocks that stay. Blocks are dropped, not cut."""
+    dropped = dropped_blocks(structures, keep)
+    return [s for s in structures if not s.drops and not is_within(s.block, dropped)]
+
+
+def drop_(model: nn.Module, paths: Sequence[str]) -> None:
+    """Take the modules at `paths` out of the lists they are in; the later ones move up."""
+    for path in reversed(paths):
+        parent, _, index = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        assert isinstance(holder, nn.ModuleList | nn.Sequential), "blocks are in a list"
+        del holder[int(index)]
+
+
 def set_sizes_(model: nn.Module, structures: Sequence[Structure], keep: Keep) -> None:
     """Make every number that follows a width (in_features, out_features, head_dim) say the new one."""
-    for s in structures:
-        width = int(keep[s.name].sum())
+    for s in staying(structures, keep):
+        width = int(keep[s.name].sum()) // s.lanes
         for attribute in s.attributes:
             setattr(model.get_submodule(attribute.path), attribute.name, attribute.at(width))
         for port in (*s.producers, *s.consumers):

@@ -3,76 +3,192 @@
 Must not know searches, masks or scores.
 """
 
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from upop.costs import Cost, macs_cost, params_cost
 from upop.errors import TargetError, nearest
-from upop.structures import Structure, prunable_cost, reachable_ratio, removable_cost
+from upop.latency import LatencyTable, latency_cost
+from upop.ranking import NO_ALIGNMENT, group_price, removable
+from upop.structures import Structure
+
+UNITS = ("params", "macs", "latency", "prunable")
+# What a number may end in, per unit: (suffix, factor to parameters, MACs, milliseconds).
+SUFFIXES: Mapping[str, Mapping[str, float]] = {
+    "params": {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9},
+    "macs": {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12},
+    "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
+    "prunable": {},
+}
+TOLERANCE = 0.01  # of the whole model's cost: how far the removal may be above the target
+TOLERANCE_LATENCY = 0.03  # of the time asked for: the same, by the table
+MEASURED_LATENCY = 0.05  # of the time asked for: how far the measured time may be off, prediction and noise included
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much to remove, as a fraction in [0, 1): of ALL parameters (`params`) or of the prunable ones (`prunable`).
+    """How much to remove. Exactly one is given, either as a fraction REMOVED, a number in [0, 1), or as what is LEFT,
+    a text: `params="11M"`, `macs="2.3G"`, `latency="4ms"`.
 
-    Exactly one is given. The achieved removal is within 1 % of all parameters, or the target is refused.
+    Attributes:
+        params: of all parameters; prunable: of those that belong to some unit.
+        macs: of the multiply-accumulates of one image.
+        latency: of the time of one forward pass, as measured in a latency table.
+
+    What is removed is at most 1 % of the model above the target, or the target is refused. A measured time may be 5 %
+    off the one asked for.
     """
 
-    params: float | None = None
+    params: float | str | None = None
     prunable: float | None = None
+    macs: float | str | None = None
+    latency: float | str | None = None
 
     def __post_init__(self) -> None:
-        if (self.params is None) == (self.prunable is None):
-            raise TargetError("target: expected exactly one of params=, prunable=")
-        if not 0 <= self.value < 1:
+        given = [unit for unit in UNITS if getattr(self, unit) is not None]
+        if len(given) != 1:
+            raise TargetError(f"target: expected exactly one of params=, macs=, latency=, prunable=, got {given or 0}")
+        if self.left is None and not 0 <= self.fraction < 1:
             raise TargetError(
-                f"target {self}: expected a fraction removed, 0 <= x < 1, got {self.value}; params=0.5 removes half"
+                f"target {self}: expected a fraction removed, 0 <= x < 1, or what is left, such as "
+                f"{EXAMPLES[self.unit]}, got {self.value}; {self.unit}=0.5 removes half"
             )
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """`params=0.5` or `prunable=0.5`, as typed on a command line. Raises TargetError for anything else."""
-        unit, _, number = text.partition("=")
-        if unit.strip() not in ("params", "prunable"):
+        """`params=0.5` or `latency=4ms`, as typed on a command line. Raises TargetError for anything else."""
+        unit, _, number = (part.strip() for part in text.partition("="))
+        if unit not in UNITS:
             raise TargetError(
-                f"target {text!r}: expected params=FRACTION or prunable=FRACTION, got unit {unit.strip()!r}"
-                + nearest(unit.strip(), ["params", "prunable"])
+                f"target {text!r}: expected {', '.join(f'{u}=...' for u in UNITS)}, got unit {unit!r}"
+                + nearest(unit, list(UNITS))
             )
-        try:
+        value: Any = number
+        with contextlib.suppress(ValueError):
             value = float(number)
-        except ValueError:
-            raise TargetError(f"target {text!r}: expected a number after '=', got {number!r}") from None
-        return cls(**{unit.strip(): value})
+        if isinstance(value, str) and _absolute(unit, value) is None:
+            raise TargetError(
+                f"target {text!r}: expected a fraction removed or what is left after '=', such as 0.5 or "
+                f"{EXAMPLES[unit]}, got {number!r}"
+            )
+        return cls(**{unit: value})
 
     @property
     def unit(self) -> str:
-        return "params" if self.params is not None else "prunable"
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
-    def value(self) -> float:
-        value = self.params if self.params is not None else self.prunable
-        assert value is not None
+    def currency(self) -> str:
+        """What costs are counted in: `params`, `macs` or `latency`."""
+        return "params" if self.unit == "prunable" else self.unit
+
+    @property
+    def value(self) -> float | str:
+        """As given."""
+        value: float | str = getattr(self, self.unit)
         return value
+
+    @property
+    def fraction(self) -> float:
+        """The fraction to remove; only where `left` is None."""
+        assert not isinstance(self.value, str), "an absolute target has no fraction of its own"
+        return self.value
+
+    @property
+    def left(self) -> float | None:
+        """What is to be left, in parameters, MACs or milliseconds; None for a fraction."""
+        if not isinstance(self.value, str):
+            return None
+        left = _absolute(self.unit, self.value)
+        if left is None:
+            raise TargetError(
+                f"target {self}: expected what is left, such as {EXAMPLES[self.unit]}, got {self.value!r}"
+            )
+        return left
+
+    def slack(self, cost: Cost, budget: float) -> float:
+        """How much more than `budget` may go, in the currency of `cost`."""
+        return TOLERANCE_LATENCY * (cost.dense - budget) if self.unit == "latency" else TOLERANCE * cost.dense
 
     def __str__(self) -> str:
         return f"{self.unit}={self.value}"
 
-    def budget(self, structures: tuple[Structure, ...], params: int) -> float:
-        """Parameters to remove from a model of `params` parameters.
+    def budget(self, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
+        """How much of `cost` to remove, in its currency.
 
-        Raises TargetError, with the reachable range, where floors forbid the target or one unit is too large a step.
+        Raises TargetError, with the reachable range, where floors forbid the target or one step is too large.
         """
-        base = params if self.unit == "params" else prunable_cost(structures)
-        most = removable_cost(structures)
-        budget = self.value * base
-        if budget > most:
+        base = cost.prunable if self.unit == "prunable" else cost.dense
+        most = removable(cost, align)
+        budget = self.fraction * base if self.left is None else cost.dense - self.left
+        if budget < 0:
             raise TargetError(
-                f"target {self}: cannot be met; reachable here is {self.unit}=0 to "
-                f"{self.unit}={reachable_ratio(structures, base):.4f} ({most:,} of {base:,} parameters), "
-                "since every layer keeps at least one unit of each kind"
+                f"target {self}: cannot be met: the model has {amount(cost.dense, self.currency)} as it is"
             )
-        step = max(structures, key=lambda s: s.cost)
-        if budget > 0 and step.cost > 0.01 * params:
+        if budget > most * (1 + 1e-9):
+            floors = "one unit of each kind" if not any(n > 1 for n in align.values()) else "one aligned width"
             raise TargetError(
-                f"target {self}: cannot be met within 1 %: one unit of {step.name} alone holds {step.cost:,} of the "
-                f"model's {params:,} parameters; the model is too small or too narrow for structured pruning"
+                f"target {self}: cannot be met; reachable here is {self.unit}=0 to {self.unit}="
+                f"{floor4(most / base)} ({amount(cost.dense - most, self.currency)} left of "
+                f"{amount(cost.dense, self.currency)}), since every layer keeps at least {floors}"
             )
-        return budget
+        self._check_steps(cost, align, budget)
+        return min(budget, most)
+
+    def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
+        """Raise TargetError where not even the finest kind comes in steps that meet the target."""
+        steps = {s.name: group_price(s, cost, align) for s in cost.structures}
+        kinds = dict.fromkeys(s.kind for s in cost.structures)
+        worst = {kind: max(steps[s.name] for s in cost.structures if s.kind == kind) for kind in kinds}
+        kind = min(worst, key=lambda kind: worst[kind])
+        if budget > 0 and worst[kind] > self.slack(cost, budget):
+            each = align.get(kind, 1)
+            what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
+            raise TargetError(
+                f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
+                f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
+                + ("the model is too small or too narrow for structured pruning" if each == 1 else "align less")
+            )
+
+
+def find_cost(
+    model: nn.Module, structures: Sequence[Structure], currency: str, table: LatencyTable | None = None
+) -> Cost:
+    """What `model` costs in `currency`. Raises TargetError for a latency without a table, or with another model's."""
+    if currency == "params":
+        return params_cost(model, structures)
+    if currency == "macs":
+        return macs_cost(model, structures)
+    if table is None:
+        raise TargetError(
+            "target latency: expected a latency table of this model on this device, got none; measure one with "
+            "upop.measure_latency_table(model, batch=..., image_size=...) and give it as latency="
+        )
+    return latency_cost(structures, table)
+
+
+EXAMPLES = {"params": "params=11M", "macs": "macs=2.3G", "latency": "latency=4ms", "prunable": "prunable=0.5"}
+
+
+def amount(value: float, currency: str) -> str:
+    """A cost for people: `5,717,416 parameters`, `1.258 GMACs`, `12.3 ms`."""
+    if currency == "params":
+        return f"{value:,.0f} parameters"
+    return f"{value / 1e9:,.3f} GMACs" if currency == "macs" else f"{value:.3g} ms"
+
+
+def _absolute(unit: str, text: str) -> float | None:
+    """`11M` in parameters, `2.3G` in MACs, `4ms` in ms; None for any other text."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]+)", text.strip().lower())
+    factor = SUFFIXES[unit].get(found[2]) if found else None
+    return float(found[1]) * factor if found and factor is not None else None
+
+
+def floor4(ratio: float) -> str:
+    """Rounded DOWN to four decimals: a target that is met."""
+    return f"{int(ratio * 10_000 + 1e-9) / 10_000:.4f}"

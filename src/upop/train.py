@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -67,6 +67,7 @@ class FitOptions:
         label_smoothing: in [0, 1).
         distill: weight in [0, 1] of the teacher's soft labels against the true ones.
         temperature: softens teacher and student logits, > 0.
+        distill_features: weight, >= 0, of `feature_loss` between the last hidden states of student and teacher.
         clip: largest gradient norm; 0 = off.
         accumulate: micro-batches per optimizer step; the batch is split, so that steps and results keep their meaning.
         seed: of dropout and the like.
@@ -81,6 +82,7 @@ class FitOptions:
     label_smoothing: float = 0.1
     distill: float = 0.0
     temperature: float = 2.0
+    distill_features: float = 0.0
     clip: float = 1.0
     accumulate: int = 1
     seed: int = 0
@@ -137,9 +139,11 @@ def fit(
     A state has optimizers, counters and random states. Weights and the hook's own state are the caller's to keep.
 
     Raises TrainingError, naming the step, when the loss is no longer finite; the weights are then useless, and the
-    caller goes back to what it kept at the last `epoch_end(epochs done)`.
+    caller goes back to what it kept at the last `epoch_end(epochs done)`. Raises it too where features are to be
+    distilled and student and teacher do not have the same.
     """
     hook = hook or NoHook()
+    lesson = _make_lesson(model, teacher, options)
     set_seed(options.seed + accelerator.process_index)
     optimizers = make_optimizers(model, options)
     for group in hook.groups():
@@ -154,23 +158,25 @@ def fit(
     if start is not None:
         _load_state(start, ready, tally, accelerator.device)
     first, skip = divmod(tally.step, len(batches))
-    for epoch in range(first, math.ceil(steps / len(batches))):
-        tally.start(epoch, teacher, fresh=epoch > first or skip == 0)
-        for images, labels in itertools.islice(batches.epoch(epoch, skip), steps - tally.step):
-            keep(lambda: _state(ready, tally, accelerator.device))
-            _set_rates(ready, peaks, factor(tally.step))
-            tally.add(_backward(prepared, images, labels, options, accelerator, hook, teacher))
-            if options.clip:
-                accelerator.clip_grad_norm_(model.parameters(), options.clip)
-            for optimizer in ready:
-                optimizer.step()
-            hook.step()
-            for optimizer in ready:
-                optimizer.zero_grad()
-            report(tally.progress(peaks[0][0] * factor(tally.step - 1), len(images) * accelerator.num_processes, hook))
-        skip = 0
-        tally.check()
-        epoch_end(epoch + 1)
+    with closing(lesson):
+        for epoch in range(first, math.ceil(steps / len(batches))):
+            tally.start(epoch, fresh=epoch > first or skip == 0)
+            for images, labels in itertools.islice(batches.epoch(epoch, skip), steps - tally.step):
+                keep(lambda: _state(ready, tally, accelerator.device))
+                _set_rates(ready, peaks, factor(tally.step))
+                tally.add(_backward(prepared, images, labels, options, accelerator, hook, lesson))
+                if options.clip:
+                    accelerator.clip_grad_norm_(model.parameters(), options.clip)
+                for optimizer in ready:
+                    optimizer.step()
+                hook.step()
+                for optimizer in ready:
+                    optimizer.zero_grad()
+                seen = len(images) * accelerator.num_processes
+                report(tally.progress(peaks[0][0] * factor(tally.step - 1), seen, hook))
+            skip = 0
+            tally.check()
+            epoch_end(epoch + 1)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
     # Accelerate leaves its marks on the model; copies of it would count as prepared, and train in the wrong precision.
@@ -209,7 +215,7 @@ def _backward(
     options: FitOptions,
     accelerator: Accelerator,
     hook: Hook,
-    teacher: nn.Module | None,
+    lesson: "_Lesson",
 ) -> Tensor:
     """Forward and backward of one batch in micro-batches; returns the sums [3] of Progress."""
     sums = torch.zeros(3, device=images.device)
@@ -219,9 +225,7 @@ def _backward(
         share = len(x) / len(images)
         with accelerator.no_sync(model) if index < len(chunks) - 1 else nullcontext():
             logits = model(pixel_values=x).logits.float()
-            with torch.no_grad(), accelerator.autocast():
-                soft = None if teacher is None else teacher(pixel_values=x).logits.float()
-            loss = classification_loss(logits, y, soft, options)
+            loss = lesson.loss(logits, x, y, accelerator)
             accelerator.backward((loss + hook.penalty()) * share)
         hard = y if y.ndim == 1 else y.argmax(-1)
         # Element by element: a tensor made from Python numbers would be a copy to the device in every step.
@@ -244,6 +248,100 @@ def classification_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, 
         F.log_softmax(logits / t, -1), F.log_softmax(teacher / t, -1), log_target=True, reduction="batchmean"
     )
     return (1 - options.distill) * loss + options.distill * t * t * soft
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of hidden states [B, N, D], over the variance that each of the teacher's tokens has over D.
+
+    1 where the student gives every token's mean: the same weight means the same for every model. As FitNets (Romero
+    et al., 2015) without a projection: pruning leaves the width of the embedding alone.
+    """
+    error = (student - teacher).square().mean(-1)
+    # A token that is the same in all D says nothing of a scale; it must not divide by 0.
+    return (error / teacher.var(-1, correction=0).clamp_min(1e-6)).mean()
+
+
+class _Lesson:
+    """The loss of a micro-batch: against the true labels and, with a teacher, its soft labels for the same images."""
+
+    def __init__(self, teacher: nn.Module | None, options: FitOptions) -> None:
+        self._teacher, self._options = teacher, options
+        if teacher is not None:
+            teacher.eval()
+
+    def loss(self, logits: Tensor, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
+        """logits float32 [B, C] of the student, which has just seen `images` [B, 3, H, W]."""
+        with torch.no_grad(), accelerator.autocast():
+            soft = None if self._teacher is None else self._teacher(pixel_values=images).logits.float()
+        return classification_loss(logits, labels, soft, self._options)
+
+    def close(self) -> None:
+        pass
+
+
+class _FeatureLesson(_Lesson):
+    """The same, and against the teacher's last hidden states."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, options: FitOptions) -> None:
+        super().__init__(teacher, options)
+        self._taps = [_Tap(model), _Tap(teacher)]
+
+    def loss(self, logits: Tensor, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
+        loss = super().loss(logits, images, labels, accelerator)
+        student, teacher = (tap.take() for tap in self._taps)
+        if student.shape != teacher.shape:
+            raise TrainingError(
+                f"distill_features: expected a teacher with hidden states {list(student.shape)} (batch, tokens, "
+                f"width) as the student's, got {list(teacher.shape)}; distil from the dense model, or its logits alone"
+            )
+        return loss + self._options.distill_features * feature_loss(student, teacher)
+
+    def close(self) -> None:
+        for tap in self._taps:
+            tap.close()
+
+
+class _Tap:
+    """What the last of a model's blocks gave in the last forward pass: all tokens, before the final norm.
+
+    A hook, since asking transformers for hidden states would keep, and under autocast copy, those of all blocks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._name = type(model).__name__
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        if not lists:
+            raise TrainingError(
+                f"distill_features: {self._name}: expected a model with its blocks in a ModuleList, found none; "
+                "distil its logits alone"
+            )
+        self._output: Tensor | None = None
+        self._handle = max(lists, key=len)[-1].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._output = output if isinstance(output, Tensor) else output[0]
+
+    def take(self) -> Tensor:
+        """Hidden states, float32 [B, N, D], once: the graph behind them is not to outlive its step."""
+        output, self._output = self._output, None
+        if output is None:
+            raise TrainingError(
+                f"distill_features: {self._name}: no hidden states came out of its last block; a model that was "
+                "compiled and used before does not give them: leave out compile"
+            )
+        return output.float()
+
+    def close(self) -> None:
+        self._output = None
+        self._handle.remove()
+
+
+def _make_lesson(model: nn.Module, teacher: nn.Module | None, options: FitOptions) -> _Lesson:
+    if options.distill_features == 0:
+        return _Lesson(teacher, options)
+    if teacher is None:
+        raise TrainingError("distill_features: expected a teacher, got none; set it to 0 or give fit() one")
+    return _FeatureLesson(model, teacher, options)
 
 
 def make_optimizers(model: nn.Module, options: FitOptions) -> list[torch.optim.Optimizer]:
@@ -305,12 +403,10 @@ class _Tally:
         self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._began = time.monotonic()
 
-    def start(self, epoch: int, teacher: nn.Module | None, *, fresh: bool = True) -> None:
+    def start(self, epoch: int, *, fresh: bool = True) -> None:
         self.epoch = epoch
         if fresh:
             self._sums = torch.zeros_like(self._sums)
-        if teacher is not None:
-            teacher.eval()
 
     def state_dict(self) -> State:
         seconds = time.monotonic() - self._began

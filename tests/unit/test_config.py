@@ -21,7 +21,7 @@ def test_a_resolved_config_leaves_nothing_to_be_chosen_but_what_is_off():
     values = resolved.model_dump()
     open_values = {key for key, value in values.items() if value in (None, "auto")}
     off = {"validation", "subset", "tracker", "threshold", "max_drop", "tolerance", "threads"}
-    assert open_values == off | {"lr_mask", "sparsity_mlp"}, "the last two are the plan's to fill in"
+    assert open_values == off | {"lr_mask", "sparsity_mlp", "align"}, "the last three are the plan's to fill in"
     assert tomllib.loads(resolved.to_toml())["lr"] == values["lr"]
 
 

@@ -11,6 +11,7 @@ import torch
 
 import upop
 from upop import Search, Target
+from upop.costs import params_cost
 from upop.errors import ModelError, TargetError, TrainingError, UpopError
 from upop.families import find_structures
 from upop.ranking import select
@@ -81,7 +82,7 @@ def test_deit_small_gets_the_papers_number_of_parameters(deit_small, ratio, mill
     structures = find_structures(deit_small)
     generator = torch.Generator().manual_seed(0)
     scores = {s.name: torch.randn(s.units, generator=generator) for s in structures}
-    budget = Target(prunable=ratio).budget(structures, parameters(deit_small))
+    budget = Target(prunable=ratio).budget(params_cost(deit_small, structures))
     small = upop.slim(deit_small, select(structures, scores, budget))
     assert parameters(small) == pytest.approx(millions * 1e6, rel=2e-3)
 
@@ -109,9 +110,9 @@ def test_the_range_in_the_message_is_reachable(make_model, unit, layers):
         model = make_model(width=96, heads=3, layers=layers)
     structures = find_structures(model)
     with pytest.raises(TargetError) as refused:
-        Target(**{unit: 0.9999}).budget(structures, parameters(model))
+        Target(**{unit: 0.9999}).budget(params_cost(model, structures))
     most = float(re.search(rf"to {unit}=([0-9.]+) ", str(refused.value))[1])
-    assert Target(**{unit: most}).budget(structures, parameters(model)) > 0
+    assert Target(**{unit: most}).budget(params_cost(model, structures)) > 0
 
 
 @pytest.mark.parametrize("unit", ["params", "prunable"])
@@ -120,12 +121,13 @@ def test_the_range_that_analyze_shows_is_reachable(make_model, unit, layers):
     with torch.device("meta"):
         analysis = upop.analyze(make_model(width=96, heads=3, layers=layers))
     most = float(re.search(rf"to {unit}=([0-9.]+)", str(analysis))[1])
-    assert Target(**{unit: most}).budget(analysis.structures, analysis.params) > 0
+    assert Target(**{unit: most}).budget(analysis.params_cost) > 0
 
 
 def test_a_model_whose_units_are_too_large_for_one_percent_is_refused_by_name(make_model):
-    with pytest.raises(TargetError, match=r"cannot be met within 1 %: one unit of attn\.0 alone holds 2,\d+ of"):
-        Search(make_model(layers=1, heads=8), target=HALF, steps=3)
+    model = make_model(layers=1, heads=8, intermediate_size=8)
+    with pytest.raises(TargetError, match=r"cannot be met within 1%: one unit of attn alone is 2,\d+ parameters of"):
+        Search(model, target=HALF, steps=3, structures=["attn"])
 
 
 @pytest.mark.parametrize(
@@ -148,10 +150,13 @@ def test_targets_are_read_as_typed_and_written_back():
     ("text", "message"),
     [
         ("parms=0.5", r"got unit 'parms'; did you mean 'params'\?"),
-        ("0.5", r"expected params=FRACTION or prunable=FRACTION"),
-        ("params=half", r"expected a number after '=', got 'half'"),
-        ("params=", r"expected a number after '='"),
-        ("params=5", r"0 <= x < 1, got 5"),
+        ("0.5", r"expected params=\.\.\., macs=\.\.\., latency=\.\.\., prunable=\.\.\., got unit"),
+        (
+            "params=half",
+            r"expected a fraction removed or what is left after '=', such as 0.5 .*, got 'half'",
+        ),
+        ("params=", r"expected a fraction removed or what is left"),
+        ("params=5", r"0 <= x < 1, or what is left, such as params=11M, got 5"),
     ],
 )
 def test_a_mistyped_target_is_refused_and_explained(text, message):
@@ -549,3 +554,22 @@ def test_a_bad_option_is_refused_before_the_model_is_touched(make_model, options
     with pytest.raises(UpopError, match=message):
         Search(model, **{"target": HALF, "steps": 3, **options})
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("align", [{}, {"mlp": 8}], ids=["any width", "aligned"])
+@pytest.mark.parametrize("kinds", [("attn", "mlp"), ("dims", "mlp")], ids=",".join)
+@pytest.mark.parametrize("method", ["upop", "taylor"])
+def test_a_step_never_waits_for_an_accelerator(make_model, kinds, align, method):
+    # On the meta device, whatever would ask for a number (item, cpu, nonzero, if) raises.
+    with torch.device("meta"):
+        model = make_model(heads=4, width=192, layers=3)
+    search = Search(model, target=HALF, steps=50, structures=kinds, align=align, method=method)
+    search.steps_done = 1  # the first step, like each twentieth, looks whether all is finite
+    for _ in range(3):
+        search.penalty().backward()
+        for mask in search.masks.values.values():
+            mask.grad = torch.empty_like(mask)
+        search.step()
+    assert search.steps_done == 4
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        search.keep()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from upop.data import Batches, MemorySplit
 from upop.errors import TrainingError
-from upop.train import FitOptions, classification_loss, evaluate, fit, make_optimizers, rate_factor
+from upop.train import FitOptions, classification_loss, evaluate, feature_loss, fit, make_optimizers, rate_factor
 
 
 @pytest.fixture
@@ -202,3 +202,100 @@ def test_evaluate_equals_a_plain_loop_and_restores_the_training_mode(make_model,
         logits = torch.cat([model(pixel_values=one[None]).logits for one in x])
     assert score.accuracy == pytest.approx(float((logits.argmax(-1) == split.labels).float().mean()))
     assert score.loss == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
+
+
+def last_hidden(model, split):
+    """Hidden states after the last block, before the final norm, of the whole split."""
+    seen = []
+    handle = model.vit.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        for x, _ in batches(split):
+            model(pixel_values=x)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_the_feature_loss_is_the_error_in_units_of_each_tokens_variance():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    tokens = [(student[b, n], teacher[b, n]) for b in range(2) for n in range(3)]
+    expected = sum(((s - t) ** 2).mean() / ((t - t.mean()) ** 2).mean() for s, t in tokens) / 6
+    assert torch.allclose(feature_loss(student, teacher), expected)
+    assert feature_loss(teacher, teacher) == 0
+    mean = teacher.mean(-1, keepdim=True).expand_as(teacher)
+    assert torch.allclose(feature_loss(mean, teacher), torch.tensor(1.0)), "1: no better than each token's mean"
+    assert torch.allclose(feature_loss(100 * student, 100 * teacher), expected), "whatever the scale"
+    assert feature_loss(student, torch.ones(2, 3, 8)).isfinite()
+
+
+@pytest.mark.parametrize("accelerator", ["no", "bf16"], indirect=True)
+def test_features_bring_the_hidden_states_to_the_teachers_and_leave_no_hook(make_model, split, accelerator):
+    teacher, student = make_model("vit", labels=4, seed=1), make_model("vit", labels=4, seed=2)
+    wanted = last_hidden(teacher, split)
+    before, weights = float(feature_loss(last_hidden(student, split), wanted)), copy.deepcopy(teacher.state_dict())
+    options = FitOptions(epochs=4, lr=2e-3, distill_features=1.0, accumulate=2)
+    fit(student, batches(split, train=True), options, accelerator=accelerator, teacher=teacher)
+    assert float(feature_loss(last_hidden(student, split), wanted)) < 0.8 * before
+    assert all(torch.equal(value, weights[name]) for name, value in teacher.state_dict().items())
+    for model in (student, teacher):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_without_features_a_teacher_changes_nothing_more_than_before(make_model, split, accelerator):
+    teacher, plain = make_model("vit", labels=4, seed=1), make_model("vit", labels=4)
+    silent = copy.deepcopy(plain)
+    hooked = []
+    for model, given in ((plain, None), (silent, teacher)):
+        options = FitOptions(epochs=1, lr=1e-3)
+        modules = [m for each in (model, teacher) for m in each.modules()]
+        look = lambda progress, modules=modules: hooked.extend(m for m in modules if m._forward_hooks)  # noqa: E731
+        fit(model, batches(split, train=True), options, accelerator=accelerator, teacher=given, report=look)
+    assert hooked == []
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), silent.parameters(), strict=True))
+
+
+def test_training_on_features_that_is_resumed_ends_with_the_same_bits(make_model, split, accelerator):
+    teacher, whole = make_model("vit", labels=4, seed=1), make_model("vit", labels=4)
+    resumed = copy.deepcopy(whole)
+    options = FitOptions(epochs=2, lr=1e-3, distill=0.5, distill_features=0.5)
+    kept = []
+
+    def keep(state):
+        kept.append(copy.deepcopy((state(), whole.state_dict())))
+
+    common = {"accelerator": accelerator, "teacher": teacher}
+    fit(whole, batches(split, train=True), options, keep=keep, **common)
+    state, weights = kept[4]
+    resumed.load_state_dict(weights)
+    fit(resumed, batches(split, train=True), options, start=state, **common)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_features_are_taken_from_a_compiled_model_that_was_not_used_before(make_model, split, accelerator):
+    teacher, plain = make_model("vit", labels=4, seed=1), make_model("vit", labels=4)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="eager")
+    options = FitOptions(epochs=1, lr=1e-3, distill_features=1.0)
+    for model in (plain, compiled):
+        fit(model, batches(split, train=True), options, accelerator=accelerator, teacher=teacher)
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+    used = copy.deepcopy(plain)
+    used.compile(backend="eager")
+    fit(used, batches(split, train=True), FitOptions(epochs=1, lr=1e-3), accelerator=accelerator)
+    with pytest.raises(TrainingError, match=r"ViTForImageClassification: no hidden states .* leave out compile"):
+        fit(used, batches(split, train=True), options, accelerator=accelerator, teacher=teacher)
+    torch.compiler.reset()
+
+
+def test_features_say_what_they_need(make_model, split, accelerator):
+    options = FitOptions(epochs=1, lr=1e-3, distill_features=1.0)
+    train = batches(split, train=True)
+    with pytest.raises(TrainingError, match="distill_features: expected a teacher, got none"):
+        fit(make_model("vit", labels=4), train, options, accelerator=accelerator)
+    wide = make_model("vit", labels=4, width=96)
+    match = r"hidden states \[32, 17, 64\] .* as the student's, got \[32, 17, 96\]; distil from the dense model"
+    with pytest.raises(TrainingError, match=match):
+        fit(make_model("vit", labels=4), train, options, accelerator=accelerator, teacher=wide)
+    with pytest.raises(TrainingError, match=r"Sequential: .* blocks in a ModuleList, found none"):
+        fit(torch.nn.Sequential(torch.nn.Linear(2, 2)), train, options, accelerator=accelerator, teacher=wide)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from upop import __version__
-from upop.cli import studies
+from upop.cli import bench, studies
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
-from upop.config import PruneConfig, load_config, make_config
+from upop.config import PruneConfig, load_config, make_config, parse_align
 from upop.errors import StopError, UpopError
 
 DEMO_FOLDER = Path("runs/demo")
@@ -152,16 +152,46 @@ _register_prune()
 @app.command()
 def analyze(
     model: Annotated[str, typer.Argument(help="Hub name, local folder, or built-in shape")],
+    structures: Annotated[str, typer.Option(help="as for prune")] = "attn,mlp",
+    align: Annotated[str, typer.Option(help="none, or multiples such as attn=8,mlp=64")] = "none",
+    latency: Annotated[bool, typer.Option("--latency", help="also measure what widths cost in time")] = False,
+    latency_batch: Annotated[int, typer.Option(help="as for prune")] = 1,
+    latency_runtime: Annotated[str, typer.Option(help="as for prune")] = "eager",
+    latency_dtype: Annotated[str, typer.Option(help="as for prune")] = "float32",
+    seconds: Annotated[float, typer.Option(help="time for the passes that are timed")] = 20.0,
 ) -> None:
-    """Show what can be removed from a model."""
+    """Show what can be removed from a model, and what each step of it saves.
+
+    Example: upop analyze facebook/deit-base-patch16-224 --structures attn,mlp,block --latency --latency-batch 8
+    """
     quiet_libraries()
     from upop.analysis import analyze as analyze_model
+    from upop.methods import parse_kinds
     from upop.models import load_model
-    from upop.profiling import count_macs
+    from upop.timing import measure_latency_table
 
-    loaded = load_model(model)
-    out.print(str(analyze_model(loaded.model)), markup=False)
-    out.print(f"{count_macs(loaded.model) / 1e9:.3f} GMACs an image of {loaded.image_size} x {loaded.image_size}")
+    kinds, multiples = parse_kinds(structures), parse_align(align)
+    with out.status("loading the model") as status:
+        loaded = load_model(model)
+        table = (
+            measure_latency_table(
+                loaded.model,
+                batch=latency_batch,
+                image_size=loaded.image_size,
+                runtime=latency_runtime,
+                dtype=latency_dtype,
+                structures=kinds,
+                align=multiples,
+                seconds=seconds,
+                progress=status.update,
+            )
+            if latency
+            else None
+        )
+    out.print(str(analyze_model(loaded.model, kinds, align=multiples, latency=table)), markup=False)
+    out.print(f"MACs are those of an image of {loaded.image_size} x {loaded.image_size} pixels", markup=False)
+    if table is not None:
+        out.print(f"latency is that of a forward pass: {table}", markup=False)
 
 
 @app.command("eval")
@@ -208,6 +238,7 @@ def demo(
     print_promises(result)
 
 
+app.command("bench")(bench.bench)
 app.command("study")(studies.study)
 app.command("report")(studies.report)
 app.command("animate")(studies.animate)

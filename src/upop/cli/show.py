@@ -1,5 +1,6 @@
 """What the command line shows: progress, tables, promises kept. Everything shown comes from the library's values."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -87,6 +88,7 @@ def print_plan(plan: Any) -> None:
     out.print(str(plan.analysis), markup=False)
     out.print(f"images: {plan.data.name}: {images}", markup=False)
     out.print(f"stages: {stages} of {c.batch_size} images")
+    out.print(plan.promise(), markup=False)
     out.print(
         f"parameters: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed); about "
         f"{plan.macs_before / 1e9:.3f} -> {plan.macs_after / 1e9:.3f} GMACs an image, if all layers shrank alike"
@@ -145,6 +147,9 @@ def print_promises(result: Mapping[str, Any]) -> None:
 
 def quiet_libraries() -> None:
     """Keep other libraries' bars and notices off the terminal; warnings of ours stay."""
+    # Where torchao is installed, transformers imports it, and it tells of kernels that this machine has no use for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging

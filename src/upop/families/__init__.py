@@ -5,7 +5,7 @@ own, in ten lines: docs/families.md.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -15,6 +15,7 @@ from torch import nn
 from upop.errors import ModelError
 from upop.families import hf, timm
 from upop.families.parts import attention, blocks, fused_attention, gated_mlp, mlp, packed_mlp
+from upop.kinds import refine
 from upop.structures import Structure
 
 __all__ = [
@@ -100,9 +101,13 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def find_structures(model: nn.Module) -> tuple[Structure, ...]:
-    """The prunable structures of `model`, in layer order; raises ModelError for unsupported models."""
-    return find_family(model).find(model)
+def find_structures(model: nn.Module, kinds: Sequence[str] | None = None) -> tuple[Structure, ...]:
+    """The prunable structures of `model`, in layer order: those its family describes, or of `kinds` (upop.kinds).
+
+    Raises ModelError for unsupported models, and for kinds that this one does not allow.
+    """
+    found = find_family(model).find(model)
+    return found if kinds is None else refine(model, found, kinds)
 
 
 def _modules_with_weights(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from upop.errors import ModelError
-from upop.families.parts import MissingPartError, attention, blocks, gated_mlp, installed, mlp, part
+from upop.families.parts import MissingPartError, attention, blocks, gated_mlp, installed, mlp, part, split_attention
 from upop.structures import Structure
 
 
@@ -22,6 +22,7 @@ class Layout:
         blocks: paths that the list of blocks may have.
         since: the release of transformers that introduced these names.
         attention, out, scale: the block's attention, its output projection, its softmax scale.
+        allows: the finer kinds that the attention can be taken apart into, see `upop.kinds`.
     """
 
     classes: tuple[str, ...]
@@ -30,6 +31,7 @@ class Layout:
     attention: str = "attention"
     out: str = "o_proj"
     scale: str = "scaling"
+    allows: tuple[str, ...] = ("dims", "head")
 
     def matches(self, model: nn.Module) -> bool:
         """True for transformers' own classes of these names, and for subclasses."""
@@ -50,10 +52,22 @@ class Layout:
                 f"got that of {installed('transformers')}"
             ) from None
 
-    def _block(self, model: nn.Module, layer: int, path: str) -> tuple[Structure, Structure]:
-        heads = attention(model, layer, f"{path}.{self.attention}", out=self.out, scale=self.scale)
+    def _block(self, model: nn.Module, layer: int, path: str) -> tuple[Structure, ...]:
         gated = hasattr(part(model, f"{path}.mlp"), "gate_proj")
-        return heads, (gated_mlp if gated else mlp)(model, layer, f"{path}.mlp")
+        hidden = (gated_mlp if gated else mlp)(model, layer, f"{path}.mlp", block=path)
+        where = f"{path}.{self.attention}"
+        if is_split(part(model, where)):
+            return *split_attention(model, layer, where, out=self.out, block=path), hidden
+        return (
+            attention(model, layer, where, out=self.out, scale=self.scale, block=path, allows=self.allows),
+            hidden,
+        )
+
+
+def is_split(attention: nn.Module) -> bool:
+    """Whether the values of an attention are not as wide as its queries, after a search over `qk` and `v`."""
+    q, v = getattr(attention, "q_proj", None), getattr(attention, "v_proj", None)
+    return isinstance(q, nn.Linear) and isinstance(v, nn.Linear) and q.out_features != v.out_features
 
 
 VIT = Layout(
@@ -64,6 +78,8 @@ VIT = Layout(
     ),
     blocks=("vit.layers", "deit.layers"),
     since="5.9",
+    # Values of another width need a forward of our own, see upop.modeling.
+    allows=("dims", "head", "qk", "v"),
 )
 DINOV2 = Layout(
     classes=(
@@ -90,4 +106,10 @@ CLIP = Layout(
     out="out_proj",
     scale="scale",
 )
-BEIT = Layout(classes=("BeitModel", "BeitForImageClassification"), blocks=("beit.layers", "layers"), since="5.9")
+BEIT = Layout(
+    classes=("BeitModel", "BeitForImageClassification"),
+    blocks=("beit.layers", "layers"),
+    since="5.9",
+    # Each head has position biases of its own, so that heads stay.
+    allows=("dims",),
+)

@@ -39,8 +39,14 @@ def attention(
     out: str = "o_proj",
     head_dim: str = "head_dim",
     scale: str | None = "scaling",
+    block: str = "",
+    allows: tuple[str, ...] = ("dims",),
 ) -> Structure:
     """`attn.<layer>`: the head dims of an attention with a Linear each for q, k and v: rows (heads, head_dim).
+
+    `block` is the path of the block around it, where leaving out the block's Linears leaves its input as it is.
+    `allows` names finer kinds: `head` where the number of heads is inferred from the shapes, `qk` and `v` where
+    values may have another width than queries.
 
     `head_dim` and `scale` are attributes of the module at `path`. The softmax scale is left alone, so that logits
     keep the original `head_dim ** -0.5`; `scale=None` says that the model computes it anew from the width (as
@@ -52,9 +58,41 @@ def attention(
         number(model, path, scale)
     producers = [Port(f"{path}.{q}", outer=heads, rescaled=0 if scale is not None else heads)]
     producers += [Port(f"{path}.{name}", outer=heads) for name in (k, v)]
-    return _structure(
-        model, "attn", layer, units, producers, Port(f"{path}.{out}", outer=heads), [Attribute(path, head_dim)]
-    )
+    consumer, attributes = Port(f"{path}.{out}", outer=heads), [Attribute(path, head_dim)]
+    return _structure(model, "attn", layer, units, producers, consumer, attributes, block=block, allows=allows)
+
+
+def split_attention(
+    model: nn.Module,
+    layer: int,
+    path: str,
+    *,
+    q: str = "q_proj",
+    k: str = "k_proj",
+    v: str = "v_proj",
+    out: str = "o_proj",
+    head_dim: str = "head_dim",
+    block: str = "",
+) -> tuple[Structure, Structure]:
+    """`qk.<layer>` and `v.<layer>`: the head dims of an attention whose values are not as wide as its queries."""
+    heads = _linear(model, f"{path}.{q}").out_features // int(number(model, path, head_dim))
+
+    def structure(kind: str, producers: list[str], consumers: list[str], attributes: list[Attribute]) -> Structure:
+        units = _linear(model, f"{path}.{producers[0]}").out_features
+        ports = [[Port(f"{path}.{name}") for name in names] for names in (producers, consumers)]
+        return make_structure(
+            model,
+            kind=kind,
+            layer=layer,
+            units=units,
+            producers=ports[0],
+            consumers=ports[1],
+            attributes=attributes,
+            lanes=heads,
+            block=block,
+        )
+
+    return structure("qk", [q, k], [], [Attribute(path, head_dim)]), structure("v", [v], [out], [])
 
 
 def fused_attention(
@@ -68,6 +106,7 @@ def fused_attention(
     head_dim: str = "head_dim",
     width: str | None = "attn_dim",
     scale: str | None = "scale",
+    block: str = "",
 ) -> Structure:
     """`attn.<layer>`: the head dims of an attention with one Linear for q, k and v: rows (3, heads, head_dim).
 
@@ -84,11 +123,19 @@ def fused_attention(
         at_one = number(model, path, scale) * units**0.5
         attributes.append(Attribute(path, scale, per_unit=at_one, exponent=-0.5))
     producer = Port(f"{path}.{qkv}", outer=3 * count, rescaled=count)
-    return _structure(model, "attn", layer, units, [producer], Port(f"{path}.{out}", outer=count), attributes)
+    consumer = Port(f"{path}.{out}", outer=count)
+    return _structure(model, "attn", layer, units, [producer], consumer, attributes, block=block, allows=("dims",))
 
 
 def mlp(
-    model: nn.Module, layer: int, path: str, *, fc1: str = "fc1", fc2: str = "fc2", act: str = "activation_fn"
+    model: nn.Module,
+    layer: int,
+    path: str,
+    *,
+    fc1: str = "fc1",
+    fc2: str = "fc2",
+    act: str = "activation_fn",
+    block: str = "",
 ) -> Structure:
     """`mlp.<layer>`: the hidden neurons of `fc2(act(fc1(x)))`.
 
@@ -96,22 +143,32 @@ def mlp(
     """
     require_zero_at_zero(part(model, f"{path}.{act}"), f"{path}.{act}")
     units = _linear(model, f"{path}.{fc1}").out_features
-    return _structure(model, "mlp", layer, units, [Port(f"{path}.{fc1}")], Port(f"{path}.{fc2}"))
+    return _structure(model, "mlp", layer, units, [Port(f"{path}.{fc1}")], Port(f"{path}.{fc2}"), block=block)
 
 
 def gated_mlp(
-    model: nn.Module, layer: int, path: str, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    model: nn.Module,
+    layer: int,
+    path: str,
+    *,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    block: str = "",
 ) -> Structure:
     """`mlp.<layer>`: the hidden neurons of `down(act(gate(x)) * up(x))`; any act will do, up being 0 is enough."""
     units = _linear(model, f"{path}.{up}").out_features
     producers = [Port(f"{path}.{name}") for name in (gate, up)]
-    return _structure(model, "mlp", layer, units, producers, Port(f"{path}.{down}"))
+    return _structure(model, "mlp", layer, units, producers, Port(f"{path}.{down}"), block=block)
 
 
-def packed_mlp(model: nn.Module, layer: int, path: str, *, fc1: str = "fc1", fc2: str = "fc2") -> Structure:
+def packed_mlp(
+    model: nn.Module, layer: int, path: str, *, fc1: str = "fc1", fc2: str = "fc2", block: str = ""
+) -> Structure:
     """`mlp.<layer>`: the hidden neurons of a gated MLP with gate and up in one Linear: rows (2, neurons)."""
     units = _linear(model, f"{path}.{fc2}").in_features
-    return _structure(model, "mlp", layer, units, [Port(f"{path}.{fc1}", outer=2)], Port(f"{path}.{fc2}"))
+    producer = Port(f"{path}.{fc1}", outer=2)
+    return _structure(model, "mlp", layer, units, [producer], Port(f"{path}.{fc2}"), block=block)
 
 
 def part(model: nn.Module, path: str) -> nn.Module:
@@ -172,6 +229,9 @@ def _structure(
     producers: list[Port],
     consumer: Port,
     attributes: list[Attribute] | None = None,
+    *,
+    block: str = "",
+    allows: tuple[str, ...] = (),
 ) -> Structure:
     for port in (*producers, consumer):
         part(model, port.path)
@@ -183,4 +243,6 @@ def _structure(
         producers=producers,
         consumers=[consumer],
         attributes=attributes or [],
+        block=block,
+        allows=allows,
     )

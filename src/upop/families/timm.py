@@ -37,7 +37,10 @@ def find_structures(model: nn.Module) -> tuple[Structure, ...]:
     try:
         for path, module in model.named_modules():
             if _is_block(module):
-                found = [s for name, m in module.named_modules(prefix=path) for s in _describe(model, name, m, seen)]
+                # Where a norm stands after a branch, a branch of zeros would still add the norm's bias.
+                block = path if type(module).__name__ == "Block" else ""
+                parts = module.named_modules(prefix=path)
+                found = [s for name, m in parts for s in _describe(model, name, m, seen, block)]
                 _require_all_described(module, path, found)
                 structures += found
     except MissingPartError as error:
@@ -64,21 +67,21 @@ def _require_all_described(block: nn.Module, path: str, structures: list[Structu
             )
 
 
-def _describe(model: nn.Module, path: str, module: nn.Module, seen: Counter[str]) -> list[Structure]:
+def _describe(model: nn.Module, path: str, module: nn.Module, seen: Counter[str], block: str) -> list[Structure]:
     """The structure that `module` itself is, if any; `seen` counts structures per kind."""
     kind = type(module).__name__
     if kind == "Attention":
         why = "head dims that are normalised together, or gated, cannot be cut exactly"
         require_absent(module, path, ("q_norm", "k_norm", "norm", "gate"), why)
-        found = fused_attention(model, seen["attn"], path)
+        found = fused_attention(model, seen["attn"], path, block=block)
     elif kind in ("Mlp", "GluMlp", "SwiGLU"):
         require_absent(module, path, ("norm",), "neurons that are normalised together cannot be cut exactly")
         if kind == "Mlp":
-            found = mlp(model, seen["mlp"], path, act="act")
+            found = mlp(model, seen["mlp"], path, act="act", block=block)
         elif kind == "GluMlp":
-            found = packed_mlp(model, seen["mlp"], path)
+            found = packed_mlp(model, seen["mlp"], path, block=block)
         else:
-            found = gated_mlp(model, seen["mlp"], path, gate="fc1_g", up="fc1_x", down="fc2")
+            found = gated_mlp(model, seen["mlp"], path, gate="fc1_g", up="fc1_x", down="fc2", block=block)
     else:
         return []
     seen[found.kind] += 1
