@@ -55,6 +55,9 @@ class PruneConfig(BaseModel):
     distill: float = Field(
         0.0, ge=0, le=1, description="weight of the dense model's soft labels in search and retrain"
     )
+    distill_features: float = Field(
+        0.0, ge=0, description="weight of the dense model's last hidden states in search and retrain"
+    )
     temperature: float = Field(2.0, gt=0, description="temperature of distillation")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = off")
 

@@ -75,6 +75,8 @@ def _write_torch(loaded: LoadedModel, file: Path, *, variant: str, images: Tenso
                     node.meta.pop(note, None)
             program.example_inputs = None
             torch.export.save(program, file, extra_files={"usage.json": json.dumps(usage(loaded))})
+    except ModelError:
+        raise
     except Exception as error:  # whatever layer of the exporter it comes from
         raise ModelError(
             f"{type(loaded.model).__name__}: cannot be exported as {variant} by torch.export ({first_line(error)}); "

@@ -43,7 +43,12 @@ class Logits(nn.Module):
         # A cast to the dtype it has would still be an operator of an exported graph.
         own = pixel_values if pixel_values.dtype == self.dtype else pixel_values.to(self.dtype)
         output: Any = self.model(own)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ModelError(
+                f"{type(self.model).__name__}: expected an image classifier, which gives logits, got "
+                f"{type(output).__name__}; run a model with a classification head"
+            )
         return logits if logits.dtype == torch.float32 else logits.float()
 
 
@@ -197,6 +202,9 @@ def write_onnx(model: nn.Module, file: Path, images: Tensor, *, opset: int | Non
                 verbose=False,
             )
     except Exception as error:  # whatever layer of the exporter it comes from
+        own = next((cause for cause in _causes(error) if isinstance(cause, ModelError)), None)
+        if own is not None:
+            raise own from None
         raise ModelError(_why_not_exported(type(model).__name__, error, opset)) from error
 
 
@@ -212,19 +220,20 @@ def example_inputs(images: Tensor) -> tuple[Tensor]:
 
 def _why_not_exported(name: str, error: BaseException, opset: int | None) -> str:
     """One line for a failed export; names the operator that the exporter lacks, where it was that."""
-    texts = []
-    cause: BaseException | None = error
-    while cause is not None:
-        texts.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    found = re.search(r"No (?:ONNX function|decompositions?).*?OpOverload\(op='([^']+)'", " ".join(texts))
+    causes = _causes(error)
+    found = re.search(r"No ONNX function.*?OpOverload\(op='([^']+)'", " ".join(map(str, causes)))
     if found:
         return (
             f"{name}: the ONNX exporter has no operator for {found[1]}; try another --opset, or --format torch, which "
             "needs no translation"
         )
     where = "" if opset is None else f" to opset {opset}"
-    return f"{name}: cannot be exported{where} ({first_line(error)}); try another --opset, or --format torch"
+    return f"{name}: cannot be exported{where} ({first_line(causes[-1])}); try another --opset, or --format torch"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, what caused it, and so on: libraries wrap what is wrong in general advice."""
+    return [error, *(_causes(error.__cause__) if error.__cause__ else [])]
 
 
 def first_line(error: BaseException) -> str:

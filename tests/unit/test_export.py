@@ -244,6 +244,15 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_a_model_without_logits_is_refused_by_its_name(tmp_path, format):
+    with pytest.raises(
+        ModelError, match=r"^Plain: expected an image classifier, which gives logits, got tuple; run a"
+    ):
+        export(plain(lambda x: (x, x)), tmp_path / "out", format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_cannot_be_traced_is_refused_in_one_line(tmp_path):
     def branches(x):
         return x if x.sum() > 0 else -x

@@ -32,6 +32,8 @@ ALLOWED = {
     "slim": {"structures", "errors", "families", "surgery", "kinds"},
     "methods": {"errors"},
     "growth": set(),
+    "runtimes": {"errors"},
+    "exporters": {"errors", "models", "runtimes"},
     "criteria": {"structures"},
     "targets": {"errors", "structures", "costs", "latency", "ranking"},
     "search": {
@@ -53,6 +55,7 @@ ALLOWED = {
 # Module -> what it must not import anywhere, not even inside a function.
 FORBIDDEN = {
     "search": {"data", "train", "run", "cli", "config", "pretrained", "modeling"},
+    "runtimes": {"data", "plan", "run", "search", "train", "cli"},
     "train": {"search", "slim", "masks", "ranking", "run", "cli"},
     "surgery": {"families", "search", "run"},
     "families": {"search", "slim", "masks", "ranking", "train", "data", "run", "cli"},

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from upop import __version__
-from upop.cli import bench, studies
+from upop.cli import bench, export, studies
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import PruneConfig, load_config, make_config, parse_align
 from upop.errors import StopError, UpopError
@@ -238,6 +238,7 @@ def demo(
     print_promises(result)
 
 
+app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("study")(studies.study)
 app.command("report")(studies.report)
