@@ -63,7 +63,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of a trained model")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5], help="of prunable parameters")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5, 0.7], help="of prunable parameters")
     parser.add_argument("--scores", choices=SCORES, nargs="+", default=list(SCORES))
     parser.add_argument("--normalise", choices=NORMALISERS, nargs="+", default=["zscore", "none"])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="calibration batches")

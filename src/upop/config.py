@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upop.errors import UpopError, nearest
-from upop.methods import KINDS, METHODS, NORMALISE, parse_kinds
+from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -39,7 +39,10 @@ class PruneConfig(BaseModel):
     stages: str = Field("dense,search,retrain", description="which stages to run, each on the model it is given")
 
     epochs_dense: int | float | None = Field(None, gt=0, description="fine-tuning epochs (3; from scratch 100)")
-    epochs_search: int | float = Field(3, gt=0, description="search epochs; 0.5 is half an epoch")
+    epochs_search: int | float = Field(
+        3, ge=0, description="search epochs; 0.5 is half an epoch, 0 one-shot: rank on a few batches, then slim"
+    )
+    rank_batches: int = Field(16, ge=1, description="batches that a one-shot ranking, and compensation, look at")
     epochs_retrain: int | float = Field(5, gt=0, description="retraining epochs of the slimmed model")
     batch_size: int = Field(128, ge=1, description="images per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
@@ -70,6 +73,9 @@ class PruneConfig(BaseModel):
     latency_dtype: Literal["float32", "bfloat16"] = Field("float32", description="and in which weights")
 
     method: str = Field("upop", description=f"who goes, and how: {', '.join(METHODS)}")
+    compensate: Literal["auto", "none", "mean", "least-squares"] = Field(
+        "auto", description="what was cut at once is made up for in the next layer (auto: where one-shot)"
+    )
     shrink: Literal["progressive", "once"] | None = Field(
         None, description="losers sink to zero, or are cut at the end (the method's own)"
     )
@@ -169,6 +175,18 @@ class PruneConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _one_shot(self) -> "PruneConfig":
+        if self.has("search") and self.epochs_search == 0:
+            if self.method not in ONE_SHOT:
+                raise ValueError(
+                    f"method: expected one of {', '.join(ONE_SHOT)} for a one-shot ranking (epochs_search = 0), got "
+                    f"{self.method!r}"
+                )
+            if self.open_ended:
+                raise ValueError("target: a one-shot ranking (epochs_search = 0) needs one, open needs a search")
+        return self
+
+    @model_validator(mode="after")
     def _one_goal(self) -> "PruneConfig":
         if (self.binarise == "threshold") != (self.threshold is not None):
             raise ValueError("threshold: expected together with binarise = threshold, and only then")
@@ -185,6 +203,18 @@ class PruneConfig(BaseModel):
     def open_ended(self) -> bool:
         """Whether the search decides the final ratio itself."""
         return self.target.strip() == "open"
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether units are ranked on a few batches, without a search."""
+        return self.has("search") and self.epochs_search == 0
+
+    @property
+    def how_to_compensate(self) -> Literal["none", "mean", "least-squares"]:
+        """Resolved: nothing is left to make up for where losers have shrunk to zero."""
+        if self.compensate != "auto":
+            return self.compensate
+        return "least-squares" if self.one_shot else "none"
 
     def has(self, stage: str) -> bool:
         """Whether the run includes `stage`."""

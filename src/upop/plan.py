@@ -122,11 +122,12 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
         "search": config.epochs_search,
         "retrain": config.epochs_retrain,
     }
-    steps = {stage: count_steps(n, per_epoch) for stage, n in epochs.items() if config.has(stage)}
+    steps = {stage: count_steps(n, per_epoch) for stage, n in epochs.items() if config.has(stage) and n}
     equal = equal_sparsity(analysis.structures, config.sparsity_attn)
     config = config.model_copy(
         update={
             "sparsity_mlp": equal.get("mlp", 0.0) if config.sparsity_mlp is None else config.sparsity_mlp,
+            "compensate": config.how_to_compensate,
             "lr_mask": config.lr_mask or 2 / steps.get("search", 2),
             "align": ",".join(f"{kind}={n}" for kind, n in align.items()) or "none",
         }
@@ -270,8 +271,12 @@ def make_batches(
     *,
     classes: int,
     augment: Augment | None = None,
+    everywhere: bool = False,
 ) -> Batches:
-    """Batches of `split` as the model wants its images, shared out over the processes; augmented for training."""
+    """Batches of `split` as the model wants its images; augmented for training.
+
+    Shared out over the processes, or whole ones `everywhere`.
+    """
     return Batches(
         split,
         batch_size=config.batch_size,
@@ -283,8 +288,8 @@ def make_batches(
         augment=augment,
         num_classes=classes,
         seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=0 if everywhere else accelerator.process_index,
+        world=1 if everywhere else accelerator.num_processes,
         workers=config.workers,
     )
 

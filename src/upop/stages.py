@@ -20,6 +20,7 @@ from torch import nn
 
 from upop import checkpoint, plots
 from upop.config import STAGES, given_values
+from upop.cutting import compensate_, decided, one_shot_keep
 from upop.data import Augment, Batches
 from upop.errors import StopError, TrainingError
 from upop.folder import RunFolder, disk_errors, provenance, weights_hash
@@ -40,7 +41,7 @@ from upop.plan import Plan, make_batches, set_attention
 from upop.pretrained import save_pretrained
 from upop.profiling import count_params
 from upop.search import Search
-from upop.structures import kept_widths, widths
+from upop.slim import slim
 from upop.trace import TraceRecorder
 from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
 
@@ -150,7 +151,7 @@ class Stages:
             models["slim"] = self.stored("slim")
         elif c.has("search"):
             models["dense"] = copy.deepcopy(model)
-            models["slim"] = self.search(model, teacher=models["dense"])
+            models["slim"] = self.one_shot(model) if c.one_shot else self.search(model, teacher=models["dense"])
             self.save(models["slim"], "slim")
             self.keep("retrain" if c.has("retrain") else "evaluate")
         if c.has("retrain") and self.passed("retrain"):
@@ -219,28 +220,37 @@ class Stages:
         if self.folder.main:
             with disk_errors(self.folder.path / "trace.npz"):
                 trace.save(self.folder.path / "trace.npz")
-        keep, size = search.keep(), self.plan.analysis.params_cost
-        removed = size.removed(keep)
+        keep = search.keep()
         lost, allowed = search.growth.cost_of_training if search.growth else 0.0, c.max_drop or c.tolerance or 0.0
         if lost > allowed:
             self.notes.append(
                 f"search: with nothing removed, training alone cost {100 * lost:.1f} points of validation accuracy, "
                 f"more than the {100 * allowed:.1f} allowed: lower lr_search ({c.lr_search})"
             )
-        self.searched = {
-            "ratio": {
-                "target": self.plan.target and self.plan.target.value,
-                "prunable": removed / size.prunable,
-                "params": removed / size.dense,
-                search.cost.currency: search.cost.removed(keep) / search.cost.dense,
-            },
-            "widths": {"before": widths(search.structures), "after": kept_widths(search.structures, keep)},
+        self.searched = decided(self.plan, keep) | {
             "trajectory": trace.summary(),
             "checks": search.growth and search.growth.history,
         }
         small = search.slim()
         with self.timed("evaluate"):
             self.masked = measure_masked(self.plan, self.accelerator, model, small)
+        if search.method.shrink == "once":
+            # What is cut is cut off the bare weights: those are what has to be made up for.
+            search.detach()
+            compensate_(small, model, keep, self.plan, self.accelerator)
+        return small
+
+    def one_shot(self, model: nn.Module) -> nn.Module:
+        """Rank on a few batches, without training, and slim; returns the slimmed twin of `model`."""
+        c = self.plan.config
+        about = f"one-shot, {c.target}: rank on {c.rank_batches} batches, then slim"
+        self.observer.stage("search", about)
+        log.info("search: %s", about)
+        with self.timed("search"):
+            keep = one_shot_keep(self.plan, self.accelerator, model)
+            small = slim(model, keep)
+            compensate_(small, model, keep, self.plan, self.accelerator)
+        self.searched |= decided(self.plan, keep)
         return small
 
     def begun(self, stage: str) -> Mapping[str, Any] | None:

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upop.ranking import normalise, select
+from upop.costs import unit_cost
+from upop.errors import UpopError
+from upop.ranking import check_alignment, normalise, removable, select
 from upop.structures import Structure, removable_cost, removed_cost
 
 
@@ -128,3 +130,77 @@ def test_scores_are_left_as_they_were():
     normalise(STRUCTURES, scores)
     select(STRUCTURES, scores, 20)
     assert all(torch.equal(scores[name], value) for name, value in random_scores().items())
+
+
+# ---------------------------------------------------------------- groups: alignment, lanes, blocks
+
+
+def slow_groups(structures, scores, budget, align):
+    """The choice of groups as an obvious loop: the group of largest mean score next, until the budget is reached."""
+    stays = {s.name: [list(range(s.width)) for _ in range(s.lanes)] for s in structures}
+    values = {s.name: scores[s.name].view(s.lanes, s.width).tolist() for s in structures}
+    removed = 0.0
+    while removed < budget - 1e-9:
+        best = None
+        for s in structures:
+            each, width = align.get(s.kind, 1), len(stays[s.name][0])
+            count = width % each or each
+            if width - count < s.floor:
+                continue
+            falls = [
+                sorted(lane, key=lambda u: -v[u])[:count]
+                for lane, v in zip(stays[s.name], values[s.name], strict=True)
+            ]
+            chosen = [v[u] for lane, v in zip(falls, values[s.name], strict=True) for u in lane]
+            mean = sum(chosen) / len(chosen)
+            if best is None or mean > best[0]:
+                best = (mean, s, falls)
+        _, s, falls = best
+        for lane, gone in zip(stays[s.name], falls, strict=True):
+            lane[:] = [u for u in lane if u not in gone]
+        removed += sum(map(len, falls)) * s.cost
+    return {s.name: [u in lane for lane in stays[s.name] for u in range(s.width)] for s in structures}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_fall_as_in_a_slow_loop(seed):
+    source = np.random.default_rng(seed)
+    structures = []
+    for layer in range(3):
+        lanes, dims, hidden = (int(source.integers(low, high)) for low, high in ((1, 4), (3, 20), (5, 40)))
+        cost = int(source.integers(1, 30))
+        structures.append(Structure("dims", layer, lanes * dims, 3 * cost, (), (), lanes=lanes))
+        structures.append(Structure("mlp", layer, hidden, cost, (), ()))
+    align = {"dims": int(source.integers(1, 5)), "mlp": int(source.integers(1, 9))}
+    scores = {s.name: torch.from_numpy(source.standard_normal(s.units)) for s in structures}
+    most = removable(unit_cost(structures), align)
+    for share in (0.1, 0.5, 0.9, 1.0):
+        keep = select(structures, scores, share * most, align=align)
+        assert {n: k.tolist() for n, k in keep.items()} == slow_groups(structures, scores, share * most, align)
+
+
+def test_a_block_that_overshoots_is_passed_over_and_others_fall_instead():
+    block = Structure("block", 0, 1, 500, (), (), floor=0, block="b.0", drops=True)
+    other = Structure("block", 1, 1, 500, (), (), floor=0, block="b.1", drops=True)
+    structures = [block, other, structure("mlp", 0, 100, 10)]
+    scores = {"block.0": torch.tensor([9.0]), "block.1": torch.tensor([8.0]), "mlp.0": torch.arange(100.0) / 100}
+    keep = select(structures, scores, 300, slack=20)
+    assert bool(keep["block.0"])
+    assert int((~keep["mlp.0"]).sum()) == 30
+    keep = select(structures, scores, 600, slack=20)
+    assert not bool(keep["block.0"])
+    assert int((~keep["mlp.0"]).sum()) == 10
+
+
+def test_one_block_stays_whatever_its_score():
+    structures = [Structure("block", n, 1, 500, (), (), floor=0, block=f"b.{n}", drops=True) for n in range(3)]
+    scores = {"block.0": torch.tensor([3.0]), "block.1": torch.tensor([1.0]), "block.2": torch.tensor([2.0])}
+    cost = unit_cost(structures)
+    assert removable(cost) == 1000
+    assert [bool(k) for k in select(structures, scores, 1000, cost=cost).values()] == [False, True, False]
+
+
+@pytest.mark.parametrize("align", [{"attn": 0}, {"attn": -8}, {"attn": 1.5}])
+def test_multiples_that_are_none_are_refused(align):
+    with pytest.raises(UpopError, match=r"align: attn: expected a whole number of units, 1 or more"):
+        check_alignment(align)
