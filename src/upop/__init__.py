@@ -4,6 +4,7 @@ from upop.errors import UpopError
 
 try:
     from upop.analysis import Analysis, analyze
+    from upop.latency import LatencyTable
     from upop.pretrained import from_pretrained, register, save_pretrained
     from upop.search import Search
     from upop.slim import slim
@@ -22,17 +23,23 @@ def __getattr__(name: str) -> object:
         from upop.callback import SearchCallback
 
         return SearchCallback
+    if name == "measure_latency_table":
+        from upop.timing import measure_latency_table
+
+        return measure_latency_table
     raise AttributeError(f"module 'upop' has no attribute {name!r}")
 
 
 __version__ = "0.1.0"
 __all__ = [
     "Analysis",
+    "LatencyTable",
     "Search",
     "Target",
     "UpopError",
     "analyze",
     "from_pretrained",
+    "measure_latency_table",
     "save_pretrained",
     "slim",
 ]

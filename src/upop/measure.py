@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from upop.config import PruneConfig
+from upop.config import PruneConfig, given_values
 from upop.data import Batches, Split
 from upop.errors import UpopError
 from upop.families import find_structures
@@ -28,6 +28,21 @@ from upop.targets import MEASURED_LATENCY
 from upop.train import Score, evaluate
 
 LATENCY_BATCHES = (1, 64)
+
+
+def origin(plan: Plan) -> dict[str, Any]:
+    """What a result says of where it came from: code, start, configuration, data."""
+    identity = plan.identity()
+    return {
+        "code": identity["code"],
+        "start": identity["start"],
+        "given": given_values(plan.given),
+        "config": plan.config.model_dump(),
+        "structures": plan.kinds,
+        "align": dict(plan.align),
+        "data": plan.data.facts(),
+        "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
+    }
 
 
 def plain_batches(plan: Plan, split: Split, accelerator: Accelerator) -> Batches:

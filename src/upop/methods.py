@@ -38,7 +38,12 @@ class Method:
 
 
 # Method -> the score of `upop.oneshot` that ranks for it where there is no search.
-ONE_SHOT: dict[str, Literal["taylor", "magnitude", "random"]] = {"upop": "taylor", "taylor": "taylor", "magnitude": "magnitude", "random": "random"}
+ONE_SHOT: dict[str, Literal["taylor", "magnitude", "random"]] = {
+    "upop": "taylor",
+    "taylor": "taylor",
+    "magnitude": "magnitude",
+    "random": "random",
+}
 
 METHODS: dict[str, Method] = {
     "upop": Method("gradient", True, "progressive", "unified and progressive: the paper's method"),

@@ -34,7 +34,7 @@ from upop.ranking import (
 )
 from upop.schedules import SCHEDULES
 from upop.slim import slim
-from upop.targets import Target, find_cost
+from upop.targets import Target, check_goal, find_cost
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,14 @@ class Search:
             {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds} if sparsity is None else dict(sparsity)
         )
         self.cost = find_cost(model, self.structures, "params" if target is None else target.currency, latency)
-        self._check_goal(max_drop, tolerance)
+        check_goal(target, self.method, threshold=threshold, max_drop=max_drop, tolerance=tolerance)
+        if not self.method.unified and not self.cost.additive:
+            raise TargetError(
+                f"method {method}: gives every kind the same ratio, which a target in latency, or units within heads "
+                "and blocks, do not have; use a unified method"
+            )
+        if threshold is not None and (self.align or any(s.lanes > 1 for s in self.structures)):
+            raise TargetError("threshold: decides on each unit by itself; leave out align and the kinds dims, qk, v")
         # As a fraction of what the units cost, whatever the target's own unit is.
         self.target_ratio = self._target_ratio()
         budget = self.target_ratio * self.cost.prunable
@@ -285,37 +292,6 @@ class Search:
             "growth": growth and [growth.limit, growth.checks, growth.max_drop, growth.tolerance],
             "seed": self.seed,
         }
-
-    def _check_goal(self, max_drop: float | None, tolerance: float | None) -> None:
-        """Raise TargetError for goals that contradict each other, or none at all."""
-        rules = {"threshold": self.threshold, "max_drop": max_drop, "tolerance": tolerance}
-        given = [name for name, value in rules.items() if value is not None]
-        if len(given) > 1:
-            raise TargetError(f"search: expected one of threshold, max_drop, tolerance, got {' and '.join(given)}")
-        if self.target is None and not given and self.method.score != "none":
-            raise TargetError("search: an open-ended search needs one of threshold, max_drop, tolerance")
-        if self.target is not None and "threshold" in given:
-            raise TargetError(f"search: a threshold decides the ratio itself; leave out the target {self.target}")
-        for name in ("max_drop", "tolerance"):
-            if (value := rules[name]) is None:
-                continue
-            if not 0 <= value < 1:
-                raise TargetError(f"{name}: expected a fraction from 0 to 1 (0.01 = one point), got {value}")
-            if self.method.shrink != "progressive":
-                raise TargetError(f"{name}: needs a progressive search, and this one cuts once at the end")
-        if not self.method.unified and not self.cost.additive:
-            raise TargetError(
-                f"method {self._name}: gives every kind the same ratio, which a target in latency, or units within "
-                "heads and blocks, do not have; use a unified method"
-            )
-        if self.threshold is not None and (
-            any(s.lanes > 1 for s in self.structures) or set(self.align.values()) > {1}
-        ):
-            raise TargetError(
-                "threshold: decides on each unit by itself; leave out align, and kinds of units per head"
-            )
-        if self.trains_masks and self.method.shrink == "progressive":
-            raise TargetError("shrink: a method that trains its masks cuts once; progressive would overwrite them")
 
     def _target_ratio(self) -> float:
         if self.target is None or self.method.score == "none":

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from upop import checkpoint, plots
-from upop.config import STAGES, given_values
+from upop.config import STAGES
 from upop.cutting import compensate_, decided, one_shot_keep
 from upop.data import Augment, Batches
 from upop.errors import StopError, TrainingError
@@ -30,6 +30,7 @@ from upop.measure import (
     measure_masked,
     measure_promise,
     measure_scores,
+    origin,
     plain_batches,
     sizes,
 )
@@ -382,26 +383,18 @@ class Stages:
         with self.timed("latency"):
             latency = measure_latency(plan, self.accelerator.device, models["dense"], final)
             promised = measure_promise(plan, models["dense"], final)
-        identity = plan.identity()
         return {
             "schema": SCHEMA,
             "status": "complete",
             **provenance(self.accelerator.device, self.command),
-            "code": identity["code"],
+            **origin(plan),
             "weights": weights_hash(self.folder.path / "model"),
-            "start": identity["start"],
-            "given": given_values(plan.given),
-            "config": plan.config.model_dump(),
-            "data": plan.data.facts(),
-            "images": {"size": plan.loaded.image_size, "mean": plan.loaded.mean, "std": plan.loaded.std},
             **scores,
             "warnings": [*scores["warnings"], *self.notes, *promised.get("warnings", [])],
             "gap": self.masked.get("gap"),
             **sizes(models["dense"], final),
             **self.searched,
             "latency": latency,
-            "structures": plan.kinds,
-            "align": dict(plan.align),
             "latency_target": promised or None,
         }
 

@@ -14,6 +14,7 @@ from torch import nn
 from upop.costs import Cost, macs_cost, params_cost
 from upop.errors import TargetError, nearest
 from upop.latency import LatencyTable, latency_cost
+from upop.methods import Method
 from upop.ranking import NO_ALIGNMENT, group_price, removable
 from upop.structures import Structure
 
@@ -170,6 +171,34 @@ def find_cost(
             "upop.measure_latency_table(model, batch=..., image_size=...) and give it as latency="
         )
     return latency_cost(structures, table)
+
+
+def check_goal(
+    target: Target | None,
+    method: Method,
+    *,
+    threshold: float | None = None,
+    max_drop: float | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Raise TargetError for goals of a search that contradict each other or its method, or none at all."""
+    rules = {"threshold": threshold, "max_drop": max_drop, "tolerance": tolerance}
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) > 1:
+        raise TargetError(f"search: expected one of threshold, max_drop, tolerance, got {' and '.join(given)}")
+    if target is None and not given and method.score != "none":
+        raise TargetError("search: an open-ended search needs one of threshold, max_drop, tolerance")
+    if target is not None and threshold is not None:
+        raise TargetError(f"search: a threshold decides the ratio itself; leave out the target {target}")
+    for name, value in (("max_drop", max_drop), ("tolerance", tolerance)):
+        if value is None:
+            continue
+        if not 0 <= value < 1:
+            raise TargetError(f"{name}: expected a fraction from 0 to 1 (0.01 = one point), got {value}")
+        if method.shrink != "progressive":
+            raise TargetError(f"{name}: needs a progressive search, and this one cuts once at the end")
+    if method.score == "mask" and method.shrink == "progressive":
+        raise TargetError("shrink: a method that trains its masks cuts once; progressive would overwrite them")
 
 
 EXAMPLES = {"params": "params=11M", "macs": "macs=2.3G", "latency": "latency=4ms", "prunable": "prunable=0.5"}

@@ -187,3 +187,85 @@ def test_distillation_accumulation_and_every_augmentation_run(tmp_path):
     config = {**QUICK, **options, "epochs_dense": 1, "epochs_search": 1, "epochs_retrain": 1}
     result = prune(make_config({**config, "out": str(tmp_path / "all")}))
     assert result["accuracy"]["search"] == {"validation": result["accuracy"]["slim"]["validation"]}
+
+
+# ---------------------------------------------------------------- targets, units and one-shot
+
+
+def outcome(run, tmp_path, **options):
+    """A run on the dense model of `run`, and its folder."""
+    values = {**QUICK, "model": str(run[0] / "dense"), "stages": "search", "latency_seconds": 0.02, **options}
+    out = tmp_path / "again"
+    return out, prune(make_config({**values, "out": str(out)}), overwrite=True)
+
+
+def test_one_shot_needs_no_training_and_can_be_grown_from(run, tmp_path):
+    out, result = outcome(run, tmp_path, epochs_search=0, target="macs=0.3")
+    assert result["macs"]["after"] / result["macs"]["before"] == pytest.approx(0.7, abs=0.01)
+    assert list(result["accuracy"]) == ["dense", "slim"]
+    assert result["config"]["compensate"] == "least-squares"
+    assert not (out / "metrics.jsonl").exists(), "no optimizer step was taken"
+    small = tmp_path / "smaller"
+    grown = prune(make_config({**QUICK, "model": str(out / "model"), "stages": "search,retrain", "out": str(small)}))
+    assert grown["params"]["after"] == pytest.approx(0.5 * result["params"]["after"], rel=0.02)
+
+
+def test_compensation_brings_a_one_shot_cut_nearer_to_the_dense_model(run, tmp_path, images):
+    x = images(64, size=16)
+    distance = {}
+    for how in ("none", "mean", "least-squares"):
+        options = {"epochs_search": 0, "target": "params=0.5", "compensate": how, "method": "random"}
+        folder, _ = outcome(run, tmp_path, **options)
+        models = [upop.from_pretrained(path) for path in (run[0] / "dense", folder / "model")]
+        with torch.no_grad():
+            dense, small = (model(pixel_values=x).logits for model in models)
+        distance[how] = float((dense - small).square().mean())
+    assert distance["least-squares"] < distance["none"]
+    assert distance["mean"] != distance["none"]
+
+
+def test_units_of_every_kind_and_aligned_widths_come_out_of_a_run(run, tmp_path):
+    options = {"structures": "head,qk,v,mlp,block", "align": "mlp=16,v=4", "target": "params=0.6"}
+    out, result = outcome(run, tmp_path, **options)
+    assert result["params"]["after"] / result["params"]["before"] == pytest.approx(0.4, abs=0.011)
+    after = result["widths"]["after"]
+    assert set(after) == {"head", "qk", "v", "mlp", "block"}
+    assert all(width % 16 == 0 for width in after["mlp"])
+    assert all(width % 4 == 0 for width in after["v"])
+    assert result["gap"] < 1e-5
+    assert upop.from_pretrained(out / "model").config.num_hidden_layers == sum(after["block"])
+
+
+def test_a_target_in_latency_says_what_became_of_it(run, tmp_path):
+    options = {"target": "latency=0.3", "latency_batch": 4, "latency_dtype": "bfloat16", "epochs_search": 0.5}
+    _, result = outcome(run, tmp_path, **options)
+    found = result["latency_target"]
+    assert found["wanted"] == pytest.approx(0.7)
+    assert found["table"]["batch"] == 4
+    assert found["table"]["dtype"] == "bfloat16"
+    assert found["before_ms"] > 0
+    assert found["after_ms"] > 0
+    assert result["ratio"]["latency"] == pytest.approx(0.3, abs=0.03), (
+        "by the table; the clock is the machine's affair"
+    )
+    assert result["align"] == {}, "auto aligns head dims for bfloat16, but not where one multiple is over 0.5 %"
+
+
+def test_a_latency_table_is_measured_once_and_kept_over_a_stop(run, tmp_path, monkeypatch):
+    from upop import plan as planning
+    from upop.run import resume
+
+    class Stops:
+        def stage(self, name, about):
+            if name == "evaluate":
+                raise MemoryError("gone")
+
+        def progress(self, progress): ...
+        def epoch(self, number, accuracy): ...
+
+    out = tmp_path / "stopped"
+    values = {**QUICK, "model": str(run[0] / "dense"), "stages": "search", "latency_seconds": 0.02, "out": str(out)}
+    with pytest.raises(MemoryError):
+        prune(make_config({**values, "target": "latency=0.3"}), observer=Stops())
+    monkeypatch.setattr(planning, "measure_latency_table", lambda *a, **k: pytest.fail("measured again"))
+    assert resume(out)["latency_target"]["wanted"] == pytest.approx(0.7)

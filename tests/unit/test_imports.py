@@ -35,7 +35,7 @@ ALLOWED = {
     "runtimes": {"errors"},
     "exporters": {"errors", "models", "runtimes"},
     "criteria": {"structures"},
-    "targets": {"errors", "structures", "costs", "latency", "ranking"},
+    "targets": {"errors", "structures", "costs", "latency", "methods", "ranking"},
     "search": {
         "structures",
         "errors",
@@ -140,11 +140,13 @@ def test_no_model_library_is_imported_to_describe_a_family():
 def test_the_public_names_are_these():
     assert sorted(upop.__all__) == [
         "Analysis",
+        "LatencyTable",
         "Search",
         "Target",
         "UpopError",
         "analyze",
         "from_pretrained",
+        "measure_latency_table",
         "save_pretrained",
         "slim",
     ]

@@ -573,3 +573,14 @@ def test_a_step_never_waits_for_an_accelerator(make_model, kinds, align, method)
     assert search.steps_done == 4
     with pytest.raises((NotImplementedError, RuntimeError)):
         search.keep()
+
+
+@pytest.mark.parametrize("options", [{"align": {"mlp": 4}}, {"structures": ("dims", "mlp")}])
+def test_a_threshold_refuses_units_that_fall_together(make_model, options):
+    with pytest.raises(TargetError, match=r"threshold: decides on each unit by itself; leave out align"):
+        Search(make_model(), target=None, threshold=0.0, steps=3, **options)
+
+
+def test_an_align_for_a_kind_that_is_not_ranked_is_refused(make_model):
+    with pytest.raises(UpopError, match=r"align: expected one of attn, mlp, got 'dims'"):
+        Search(make_model(), target=HALF, steps=3, align={"dims": 8})
