@@ -9,27 +9,26 @@ split, as they are; seeds choose the images. On one CPU core about half an hour:
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import get_args
 
 from accelerate import Accelerator
 from common import write_json
 from torch import Tensor, nn
 
-from upop.compensate import Moments, input_moments, shift_, shifts
+from upop.compensate import How, Moments, input_moments, shift_, shifts
 from upop.data import Batches, ImageData, load_data
 from upop.families import find_structures
 from upop.models import LoadedModel, load_model
 from upop.oneshot import SCORES, rank
 from upop.ranking import NORMALISERS, normalise, select
 from upop.slim import slim
-from upop.structures import prunable_cost
+from upop.structures import Structure, prunable_cost
 from upop.train import evaluate
 
-HOWS = ("none", "mean", "least-squares")
-T = TypeVar("T")
 Labelled = list[tuple[Tensor, Tensor]]
 Cell = tuple[str, str, float, int, str]  # score, normalisation, ratio, calibration batches, compensation
 
@@ -53,7 +52,7 @@ def main() -> None:
     write_json(
         args,
         dense_accuracy=dense,
-        seconds={name: statistics.median(values) for name, values in seconds.items()},
+        cpu_seconds={name: statistics.median(values) for name, values in seconds.items()},
         columns=["score", "normalise", "ratio", "batches", "compensation", "accuracies"],
         rows=[[*cell, accuracies] for cell, accuracies in found.items()],
     )
@@ -105,6 +104,14 @@ def calibration(loaded: LoadedModel, data: ImageData, count: int, size: int, see
     return list(islice(make_batches(loaded, data, train=True, batch_size=size, seed=seed), count))
 
 
+@contextmanager
+def timed(seconds: dict[str, list[float]], what: str) -> Iterator[None]:
+    """Add the seconds that all threads of this process compute meanwhile: others' load leaves them alone."""
+    began = time.process_time()
+    yield
+    seconds.setdefault(what, []).append(time.process_time() - began)
+
+
 def sweep(
     args: argparse.Namespace,
     model: nn.Module,
@@ -115,16 +122,11 @@ def sweep(
 ) -> Iterator[tuple[Cell, float]]:
     """Accuracy in every cell of the table, by one set of calibration images; times are added to `seconds`."""
     structures, count = find_structures(model), len(images)
-
-    def timed(what: str, work: Callable[[], T]) -> T:
-        began = time.perf_counter()
-        result = work()
-        seconds.setdefault(f"{what}, {count} batches", []).append(time.perf_counter() - began)
-        return result
-
-    moments = timed("moments", lambda: input_moments(model, structures, (x for x, _ in images), covariance=True))
+    with timed(seconds, f"moments, {count} batches"):
+        moments = input_moments(model, structures, (x for x, _ in images), covariance=True)
     for score in args.scores:
-        scores = timed(score, lambda score=score: rank(model, structures, images, score=score, seed=seed))
+        with timed(seconds, f"{score}, {count} batches"):
+            scores = rank(model, structures, images, score=score, seed=seed)
         for how in args.normalise:
             ranked = normalise(structures, scores, how)
             for ratio in args.ratios:
@@ -134,13 +136,13 @@ def sweep(
 
 
 def variants(
-    model: nn.Module, structures: Sequence[Any], keep: dict[str, Tensor], moments: dict[str, Moments]
+    model: nn.Module, structures: Sequence[Structure], keep: Mapping[str, Tensor], moments: Mapping[str, Moments]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The slimmed model with each compensation."""
-    for how in HOWS:
+    yield "none", slim(model, keep)
+    for how in get_args(How):
         small = slim(model, keep)
-        if how != "none":
-            shift_(small, shifts(model, structures, keep, moments, how=how))
+        shift_(small, shifts(model, structures, keep, moments, how=how))
         yield how, small
 
 
@@ -154,7 +156,7 @@ def show(args: argparse.Namespace, found: dict[Cell, list[float]], seconds: dict
             print(f"{score:10}{how:11}{name:14}" + "".join(f"{cell:>14}" for cell in cells))
     print()
     for what, values in seconds.items():
-        print(f"{what}: {statistics.median(values):.2f} s")
+        print(f"{what}: {statistics.median(values):.2f} s of CPU time")
 
 
 def spread(accuracies: list[float]) -> str:

@@ -81,7 +81,10 @@ class PruneConfig(BaseModel):
     )
     schedule: str = Field("sine", description=f"growth of the ratio: {', '.join(SCHEDULES)}")
     interval: int = Field(1, ge=1, description="steps between two decisions of the search")
-    normalise: str = Field("zscore", description=f"scores within a kind: {', '.join(NORMALISE)}")
+    normalise: str | None = Field(
+        None,
+        description=f"scores within a kind: {', '.join(NORMALISE)} (zscore; one-shot, by effect on the loss: none)",
+    )
     gradient_order: Literal["paper", "authors"] = Field("paper", description="normalise then sum, or sum first")
     binarise: Literal["topk", "threshold"] = Field(
         "topk", description="prune up to the target, or (target open) all units above a threshold"
@@ -149,7 +152,9 @@ class PruneConfig(BaseModel):
 
     @field_validator("schedule", "method", "normalise")
     @classmethod
-    def _known_name(cls, value: str, info: ValidationInfo) -> str:
+    def _known_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
         names: dict[str, Iterable[str]] = {"schedule": SCHEDULES, "method": METHODS, "normalise": NORMALISE}
         known = list(names[info.field_name or ""])
         if value not in known:
@@ -240,6 +245,11 @@ class PruneConfig(BaseModel):
                 "lr_search": self.lr_search or lr_retrain / 2,
                 "lr_retrain": lr_retrain,
                 "shrink": self.shrink or METHODS[self.method].shrink,
+                "compensate": self.how_to_compensate,
+                # First-order effects are losses already, the same unit in every kind; norms and sums of gradients
+                # are not.
+                "normalise": self.normalise
+                or ("none" if self.one_shot and ONE_SHOT.get(self.method) == "taylor" else "zscore"),
                 "device": device_type,
                 "precision": ("bf16" if bf16 else "fp32") if self.precision == "auto" else self.precision,
                 "attention": ("eager" if device_type == "cpu" else "sdpa")

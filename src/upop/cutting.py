@@ -29,7 +29,7 @@ def one_shot_keep(plan: Plan, accelerator: Accelerator, model: nn.Module) -> dic
     structures = find_structures(model, plan.kinds)
     scores = rank(model, structures, _calibration(plan, accelerator), score=ONE_SHOT[c.method], seed=c.seed)
     slack = plan.target.slack(cost, budget)
-    scores = normalise(structures, scores, c.normalise)
+    scores = normalise(structures, scores, c.normalise or "zscore")
     return select(structures, scores, budget, cost=cost, align=plan.align, slack=slack)
 
 

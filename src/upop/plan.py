@@ -127,7 +127,6 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     config = config.model_copy(
         update={
             "sparsity_mlp": equal.get("mlp", 0.0) if config.sparsity_mlp is None else config.sparsity_mlp,
-            "compensate": config.how_to_compensate,
             "lr_mask": config.lr_mask or 2 / steps.get("search", 2),
             "align": ",".join(f"{kind}={n}" for kind, n in align.items()) or "none",
         }

@@ -130,8 +130,13 @@ def _group(structures: Sequence[Structure], scores: Scores, align: Mapping[str, 
         if number == s.units:
             own, group_LK = values_LK[0], torch.arange(s.units, device=device).unsqueeze(0)
             open_ = torch.ones(s.units, dtype=torch.bool, device=device)
-            last = torch.argsort(own, descending=True, stable=True)[s.units - s.floor :]
-            open_[last] = False
+            # Of equal scores the last stays, as ties fall earlier first. One is found faster than an order of all.
+            falls_last = (
+                s.units - 1 - own.flip(0).argmin().unsqueeze(0)
+                if s.floor == 1
+                else torch.argsort(own, descending=True, stable=True)[s.units - s.floor :]
+            )
+            open_[falls_last] = False
             share = torch.full((number,), 1 / s.units, dtype=torch.float64, device=device)
         else:
             order_LK = torch.argsort(values_LK, dim=1, descending=True, stable=True)

@@ -184,7 +184,7 @@ class Stages:
             shrink=c.shrink,
             schedule=c.schedule,
             interval=c.interval,
-            normalise=c.normalise,
+            normalise=c.normalise or "zscore",
             gradient_order=c.gradient_order,
             sparsity=equal_sparsity(self.plan.analysis.structures, c.sparsity_attn)
             | ({"mlp": c.sparsity_mlp or 0.0} if "mlp" in self.plan.kinds else {}),

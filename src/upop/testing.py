@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upop.costs import params_cost
 from upop.errors import UpopError
 from upop.families import find_structures
+from upop.kinds import kinds_of
 from upop.masks import Masks
 from upop.slim import slim
-from upop.structures import Structure, linear, removed_cost
+from upop.structures import Structure, kept_widths, linear, removed_cost, widths
 
 # Dtype -> largest difference, relative to the largest output (or to 1), between what is equal in exact arithmetic.
 # float64 is as coarse as it is because some libraries compute the softmax in float32 whatever the model's dtype.
@@ -28,6 +30,7 @@ Forward = Callable[[nn.Module, Tensor], object]
 def check_family(
     model: nn.Module,
     *,
+    kinds: Sequence[str] | None = None,
     images: Tensor | None = None,
     forward: Forward | None = None,
     tolerance: float | None = None,
@@ -46,6 +49,7 @@ def check_family(
 
     Args:
         model: any model that upop.families.find_structures accepts, in its own dtype.
+        kinds: of units, see upop.kinds, such as `("dims", "mlp", "block")`; None = what the family describes.
         images: float [B, C, H, W], what `model` takes; random ones, B = 2, of the size that the model's config
             (Hugging Face) or patch embedding (timm) states where None.
         forward: `forward(model, images)`; `model(images)` where None. All float tensors in what it returns, nested
@@ -58,7 +62,7 @@ def check_family(
     probe = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(seed)
     _randomise_(probe, generator)
-    structures = find_structures(probe)
+    structures = find_structures(probe, kinds)
     if not structures:
         raise UpopError(f"{type(model).__name__}: expected structures to prune, found none; check the family's blocks")
     if images is None:
@@ -111,16 +115,24 @@ class _Check:
     def keep(self, keep: dict[str, Tensor]) -> None:
         """Slimmed by `keep`: as many parameters less as costs say, the masked outputs, and trainable."""
         small = slim(self.model, keep)
-        removed, expected = _size(self.model) - _size(small), removed_cost(self.structures, keep)
+        cost = params_cost(self.model, self.structures)
+        # What a structure says of its own units holds where they share no weights with others'.
+        expected = removed_cost(self.structures, keep) if cost.additive else cost.removed(keep)
+        removed = _size(self.model) - _size(small)
         if removed != expected:
-            raise UpopError(f"{self._name}: expected slimming to remove {expected} parameters by cost, got {removed}")
-        units = {s.name: s.units for s in find_structures(small)}
-        if units != (kept := {name: int(stays.sum()) for name, stays in keep.items()}):
-            raise UpopError(f"{self._name}: expected the slimmed model's structures to have units {kept}, got {units}")
+            raise UpopError(
+                f"{self._name}: expected slimming to remove {expected:.0f} parameters by cost, got {removed}"
+            )
+        found, kept = find_structures(small, kinds_of(keep)), kept_widths(self.structures, keep)
+        left = {kind: [width for width in each if width] for kind, each in kept.items()}
+        if widths(found) != left:
+            raise UpopError(
+                f"{self._name}: expected the slimmed model's structures to have widths {left}, got {widths(found)}"
+            )
         if self._difference(keep, small) > self.tolerance:
             self._blame(keep, small)
         self._backward(small)
-        for port in (port for s in self.structures for port in (*s.producers, *s.consumers)):
+        for port in (port for s in found for port in (*s.producers, *s.consumers)):
             weight = linear(small, port.path).weight
             if weight.requires_grad and (weight.grad is None or not weight.grad.isfinite().all()):
                 raise UpopError(f"{port.path}: slimmed: expected a finite gradient, got {weight.grad}")
@@ -209,8 +221,10 @@ def _random_keep(structures: Sequence[Structure], share: float, generator: torch
     keep = {}
     for layer, s in enumerate(structures):
         # Uneven over layers, so that sizes that are mixed up do not fit.
-        stays = min(s.units, max(s.floor, round(share * s.units) - layer % 3))
-        keep[s.name] = torch.randperm(s.units, generator=generator) < stays
+        stays = min(s.width, max(s.floor, round(share * s.width) - layer % 3))
+        lanes = [torch.randperm(s.width, generator=generator) < stays for _ in range(s.lanes)]
+        # The first block stays.
+        keep[s.name] = torch.tensor([s.layer == 0 or share > 0.5]) if s.drops else torch.cat(lanes)
     return keep
 
 

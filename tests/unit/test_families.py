@@ -53,6 +53,34 @@ def test_timms_layout_is_described_rightly(name, dtype):
     check_family(make_stand_in(dtype=dtype, **TIMM[name]), images=torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.parametrize("kinds", [("dims", "mlp"), ("attn", "mlp", "block"), ("dims", "block")], ids=",".join)
+@pytest.mark.parametrize("name", HF)
+def test_finer_and_coarser_units_of_every_hugging_face_family_are_exact(name, kinds):
+    check_family(make_hf(name, dtype=torch.float64), kinds=kinds)
+
+
+@pytest.mark.parametrize("name", [name for name in HF if "beit" not in name])
+def test_whole_heads_go_where_no_head_has_numbers_of_its_own(name):
+    check_family(make_hf(name, dtype=torch.float64), kinds=("head", "dims", "mlp"))
+
+
+def test_heads_with_position_biases_of_their_own_stay():
+    with pytest.raises(ModelError, match=r"kind 'head': .* this model's attention does not allow it, only attn, dims"):
+        find_structures(make_hf("beit"), ("head", "mlp"))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_finer_units_of_timms_layout_are_exact(name):
+    model = make_stand_in(dtype=torch.float64, **TIMM[name])
+    kinds = ("dims", "mlp") if TIMM[name].get("parallel") else ("dims", "mlp", "block")
+    check_family(model, kinds=kinds, images=torch.randn(2, 3, 32, 32))
+
+
+def test_blocks_that_do_not_end_in_their_branches_stay():
+    with pytest.raises(ModelError, match=r"kind 'block': expected a family that says where its blocks are"):
+        find_structures(make_stand_in(parallel=True), ("attn", "block"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("kind", ["Block", "ResPostBlock", "ParallelThingsBlock", "GluMlp", "SwiGLU", "distilled"])

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from upop import __version__
+from upop.allocator import keep_freed_memory
 from upop.cli import bench, export, studies
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import PruneConfig, load_config, make_config, parse_align
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: runs the command line; bad input ends in one line on stderr and exit code 2."""
+    keep_freed_memory()
     try:
         code = app(standalone_mode=False)
     except StopError as error:
