@@ -2,7 +2,8 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention.json
 
-The rule that `attention = auto` follows (upop.plan.attention_kernel) is read off these numbers.
+Today `attention = auto` is eager on CPUs and sdpa elsewhere (upop.config), whatever the number of tokens: measure, and
+make it a rule of tokens and dtype where these numbers say so.
 """
 
 import argparse
