@@ -85,4 +85,7 @@ def test_no_checked_in_result_names_a_place_on_some_machine():
     for path in (ROOT / "results").rglob("*.json"):
         assert "/work" not in path.read_text()
         assert "/home/" not in path.read_text()
-        assert '"data/cifar10"' in path.read_text() or path.name == "study.json"
+        assert "/tmp/" not in path.read_text()
+        # A comparison with other tools knows its data by fingerprint alone.
+        if path.name != "study.json" and path.parent.name != "peers":
+            assert '"data/cifar10"' in path.read_text()
