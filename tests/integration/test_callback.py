@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -36,13 +35,6 @@ class Stream(IterableDataset):
     def __iter__(self):
         while True:
             yield from samples()
-
-
-@pytest.fixture(autouse=True)
-def _no_precision_is_left_behind():
-    """Accelerate's state is the process's, and its first user decides precision and device for all others."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

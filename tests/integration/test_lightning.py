@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -45,13 +44,6 @@ class Module(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.model.parameters(), lr=LR)
-
-
-@pytest.fixture(autouse=True)
-def _no_precision_is_left_behind():
-    """Accelerate's state is the process's, and its first user decides precision and device for all others."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

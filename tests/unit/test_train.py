@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from upop.data import Batches, MemorySplit
@@ -32,10 +31,7 @@ def batches(split, **changes):
 
 @pytest.fixture
 def accelerator(request):
-    # Accelerate keeps its settings per process.
-    AcceleratorState._reset_state()
-    yield Accelerator(cpu=True, mixed_precision=getattr(request, "param", "no"))
-    AcceleratorState._reset_state()
+    return Accelerator(cpu=True, mixed_precision=getattr(request, "param", "no"))
 
 
 OPTIONS = FitOptions(epochs=14, lr=2e-3)
@@ -66,7 +62,6 @@ def test_the_same_seed_gives_the_same_weights(make_model, split, accelerator):
 
 
 def test_every_stage_trains_in_the_chosen_precision_also_a_model_trained_before(make_model, split):
-    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = make_model("vit", labels=4)
     seen = []
@@ -78,7 +73,6 @@ def test_every_stage_trains_in_the_chosen_precision_also_a_model_trained_before(
         model = copy.deepcopy(model)
     assert len(seen) == 6
     assert set(seen) == {torch.bfloat16}
-    AcceleratorState._reset_state()
 
 
 def test_micro_batches_change_memory_not_the_result(make_model, split, accelerator):
