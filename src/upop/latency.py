@@ -27,6 +27,7 @@ class LatencyTable:
         scale: how much more (or less) several kinds together save than one by one, as measured.
         runtime, dtype, batch, image_size, device, threads: of the measured passes.
         widths: structure name -> width in the dense model, of which this is the table.
+        noise: standard error of the least certain of the measured times, as a share of it.
     """
 
     dense_ms: float
@@ -39,6 +40,7 @@ class LatencyTable:
     device: str = "cpu"
     threads: int = 1
     scale: float = 1.0
+    noise: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

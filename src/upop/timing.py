@@ -3,9 +3,11 @@
 Builds narrowed copies of the model and times them in turns. Must not decide what is pruned, and prints nothing.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from upop.runtimes import make_runner
 from upop.slim import slim
 from upop.structures import Structure
 
+log = logging.getLogger(__name__)
+
+MOST_NOISE = 0.025  # half of what a target in latency may miss
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)
 # Measured jointly, to see what kinds save together: these fractions of what can go at all.
 JOINT = (0.3, 0.55, 0.8)
@@ -40,13 +45,15 @@ def measure_latency_table(
     """Time one pass of `batch` images at several widths of each kind, in turns with the dense model.
 
     `seconds` is the time for all passes that are timed, at least five each; building, compiling and exporting come on
-    top. Kinds in `structures` are narrowed one at a time, then all together, which gives the table's `scale`.
+    top. Kinds in `structures` are narrowed one at a time, then all together, which gives the table's `scale`. Logs a
+    warning where passes differ so much that the table is no basis for a target: on a machine that is busy.
     """
     if batch < 1:
         raise UpopError(f"latency: expected a batch of 1 image or more, got {batch}")
     found = find_structures(model, structures)
     kinds = list(dict.fromkeys(s.kind for s in found))
     images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    noise = 0.0
     keeps: dict[object, dict[str, Tensor]] = {
         (kind, f): _narrowed(found, {kind: f}, align) for kind in kinds for f in _fractions(kind, found)
     }
@@ -60,11 +67,12 @@ def measure_latency_table(
         timed = time_in_turns(passes, device=_device(model), min_runs=5, max_seconds=seconds)
         dense = timed["dense"]
         # Each against the dense model's pass of the same turn: a machine that slows down for a while slows both.
-        shares = {
-            name: median(a / b for a, b in zip(timed[str(name)].runs_ms, dense.runs_ms, strict=True))
-            for name in models
+        turns = {
+            name: [a / b for a, b in zip(timed[str(name)].runs_ms, dense.runs_ms, strict=True)] for name in models
         }
-        return {"dense": dense.median_ms} | {name: share * dense.median_ms for name, share in shares.items()}
+        nonlocal noise
+        noise = max(noise, *(standard_error(shares) / median(shares) for shares in turns.values()))
+        return {"dense": dense.median_ms} | {name: median(s) * dense.median_ms for name, s in turns.items()}
 
     ms = times(keeps, seconds * 2 / 3)
     points = {
@@ -82,7 +90,20 @@ def measure_latency_table(
         device=str(_device(model)),
         threads=torch.get_num_threads(),
     )
-    return _scaled(table, found, align, lambda keeps: times(keeps, seconds / 3))
+    table = _scaled(table, found, align, lambda keeps: times(keeps, seconds / 3))
+    if noise > MOST_NOISE:
+        log.warning(
+            "latency table: its times are uncertain by %.0f %%: the machine is busy, or slows down as it gets hot; "
+            "a target in latency may be missed by as much; measure again on a quiet machine, or for longer",
+            100 * noise,
+        )
+    return replace(table, noise=noise)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the median of `values`, by their quartiles, which a few slow passes do not move: as if they were normal."""
+    low, _, high = quantiles(values, n=4)
+    return 1.253 * (high - low) / 1.349 / math.sqrt(len(values))
 
 
 def _scaled(

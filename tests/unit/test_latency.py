@@ -158,3 +158,27 @@ def test_a_real_table_is_measured_at_rising_fractions(make_model, dtype):
         assert [f for f, _ in points] == sorted({f for f, _ in points})
         assert all(ms > 0 for _, ms in points)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("jitter", "warned"), [(0.01, False), (0.3, True)])
+def test_a_table_made_on_a_busy_machine_says_so(make_model, monkeypatch, caplog, jitter, warned):
+    monkeypatch.setattr(timing, "make_runner", lambda model, images, **options: model)
+    noise = torch.Generator().manual_seed(0)
+
+    def timed(passes, **options):
+        draws = {name: 1 + jitter * torch.randn(20, generator=noise).abs() for name in passes}
+        return {
+            name: Times(tuple(synthetic_ms(model) * x for x in draws[name].tolist())) for name, model in passes.items()
+        }
+
+    monkeypatch.setattr(timing, "time_in_turns", timed)
+    table = table_of(make_model())
+    assert (table.noise > timing.MOST_NOISE) == warned
+    assert ("the machine is busy" in caplog.text) == warned
+
+
+def test_the_standard_error_is_that_of_medians_of_many_draws():
+    draws = 5 + 0.5 * torch.randn(2000, 21, generator=torch.Generator().manual_seed(0))
+    medians = draws.median(dim=1).values
+    told = sum(timing.standard_error(row.tolist()) for row in draws) / len(draws)
+    assert told == pytest.approx(float(medians.std()), rel=0.1)
