@@ -5,7 +5,7 @@ Must not need torch or Torch-Pruning, so that a report is made wherever the file
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from upop.report.paired import LEAST, LEVEL, Stat, rectangle, stat, t_test
 from upop.report.verdicts import p_text
 
-UPOP = "upop"
+OURS = ("upop", "upop-one-shot")  # settings of upop; all others are peers
 Result = Mapping[str, Any]
 Key = tuple[str, float, int]  # setting, ratio, seed
 
@@ -25,8 +25,9 @@ FAIRNESS = (
     "Equal for all: dense model, data and split, batch size, optimizer (AdamW), augmentation, number of training "
     "epochs in all, and the way to a learning rate for retraining: the best on validation of the same few, at 80 % "
     "with another seed. upop spends half of the epochs searching and half retraining; Torch-Pruning does not train "
-    "while it prunes and gets ALL epochs for retraining. The learning rate of upop's search is the claims study's, "
-    "found on the same dense model before."
+    "while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked on 16 batches without "
+    "training, least-squares compensation). The learning rate of upop's search is the claims study's, found on the "
+    "same dense model before."
 )
 LIMITS = (
     "One model, one data set and short runs. The spread is over seeds of search and retraining from one dense model. "
@@ -49,9 +50,14 @@ class Results:
 
     @property
     def settings(self) -> list[str]:
-        """upop first, the others as they come in the alphabet."""
+        """upop's first, the others as they come in the alphabet."""
         names = {setting for setting, _, _ in (*self.runs, *self.unreachable)}
-        return sorted(names, key=lambda name: (name != UPOP, name))
+        return sorted(names, key=lambda name: (name not in OURS, name))
+
+    @property
+    def ours(self) -> list[str]:
+        """upop's settings among them."""
+        return [name for name in self.settings if name in OURS]
 
     @property
     def ratios(self) -> list[float]:
@@ -83,8 +89,9 @@ def read(folder: Path) -> Results:
 
 @dataclass(frozen=True)
 class Difference:
-    """upop's test accuracy less another's, in points, over the seeds that both have; p of the paired t test."""
+    """Test accuracy of one of ours less a peer's, in points, over the seeds that both have; p of the paired t test."""
 
+    ours: str
     setting: str
     where: str
     points: Stat
@@ -99,32 +106,34 @@ class Difference:
 
 
 def differences(results: Results) -> list[Difference]:
-    """upop against every other setting, at each ratio and over all ratios that enough seeds have."""
-    found = []
-    for setting in results.settings:
-        cells = _cells(results, setting) if setting != UPOP else {}
-        for ratio in results.ratios:
-            if values := [points for (_, target), points in cells.items() if target == f"params={ratio:g}"]:
-                found.append(_difference(setting, _percent(ratio), values))
-        targets, seeds = rectangle(cells)
-        if len(targets) > 1:
-            means = [statistics.fmean(cells[seed, target] for target in targets) for seed in seeds]
-            found.append(_difference(setting, f"over {len(targets)} ratios", means))
-    return found
+    """Each of ours against every peer, at each ratio and over all ratios that enough seeds have."""
+    peers = [setting for setting in results.settings if setting not in OURS]
+    return [d for ours in results.ours for setting in peers for d in _compared(results, ours, setting)]
 
 
-def _cells(results: Results, setting: str) -> dict[tuple[int, str], float]:
-    """(seed, target) -> upop's test accuracy less the setting's, in points."""
+def _compared(results: Results, ours: str, setting: str) -> Iterator[Difference]:
+    cells = _cells(results, ours, setting)
+    for ratio in results.ratios:
+        if values := [points for (_, target), points in cells.items() if target == f"params={ratio:g}"]:
+            yield _difference(ours, setting, _percent(ratio), values)
+    targets, seeds = rectangle(cells)
+    if len(targets) > 1:
+        means = [statistics.fmean(cells[seed, target] for target in targets) for seed in seeds]
+        yield _difference(ours, setting, f"over {len(targets)} ratios", means)
+
+
+def _cells(results: Results, ours: str, setting: str) -> dict[tuple[int, str], float]:
+    """(seed, target) -> test accuracy of `ours` less the setting's, in points."""
     cells = {}
     for ratio in results.ratios:
-        ours, theirs = results.of(UPOP, ratio), results.of(setting, ratio)
-        for seed in sorted(ours.keys() & theirs.keys()):
-            cells[seed, f"params={ratio:g}"] = _test(ours[seed]) - _test(theirs[seed])
+        mine, theirs = results.of(ours, ratio), results.of(setting, ratio)
+        for seed in sorted(mine.keys() & theirs.keys()):
+            cells[seed, f"params={ratio:g}"] = _test(mine[seed]) - _test(theirs[seed])
     return cells
 
 
-def _difference(setting: str, where: str, values: Sequence[float]) -> Difference:
-    return Difference(setting, where, stat(values), t_test(values)[0] if len(values) >= LEAST else None)
+def _difference(ours: str, setting: str, where: str, values: Sequence[float]) -> Difference:
+    return Difference(ours, setting, where, stat(values), t_test(values)[0] if len(values) >= LEAST else None)
 
 
 def _test(run: Result) -> float:
@@ -134,7 +143,9 @@ def _test(run: Result) -> float:
 def report(results: Results) -> str:
     """The page."""
     found = differences(results)
-    parts = ["# upop against Torch-Pruning", *_about(results), "## Where upop is not ahead", *_in_words(found)]
+    parts = ["# upop against Torch-Pruning", *_about(results)]
+    for ours in results.ours or OURS[:1]:
+        parts += [f"## Where {ours} is not ahead", *_in_words(ours, [d for d in found if d.ours == ours])]
     for ratio in results.ratios:
         parts += [f"## {_percent(ratio)} of all parameters removed", _accuracy_table(results, found, ratio)]
         parts += [_cost_table(results, ratio)]
@@ -172,16 +183,16 @@ def _about(results: Results) -> list[str]:
     return ["\n".join(lines), CURRENCY, FAIRNESS]
 
 
-def _in_words(found: Sequence[Difference]) -> list[str]:
-    """A sentence for every place where upop is not ahead by more than the spread."""
+def _in_words(ours: str, found: Sequence[Difference]) -> list[str]:
+    """A sentence for every place where `ours` is not ahead by more than the spread."""
     if not found:
         return ["Nothing to compare yet."]
     lines = []
-    for verdict, words in (("behind", "upop is BEHIND"), ("not told apart", "upop cannot be told apart from")):
-        lines += [f"- {words} {d.setting}, {d.where}: {_judged(d)}." for d in found if d.verdict == verdict]
+    for verdict, words in (("behind", "is BEHIND"), ("not told apart", "cannot be told apart from")):
+        lines += [f"- {ours} {words} {d.setting}, {d.where}: {_judged(d)}." for d in found if d.verdict == verdict]
     lines += [f"- not judged: {d.setting}, {d.where}: {_judged(d)}." for d in found if d.p is None]
     ahead = sum(d.verdict == "ahead" for d in found)
-    summary = f"upop is ahead beyond the spread in {ahead} of {len(found)} comparisons"
+    summary = f"{ours} is ahead beyond the spread in {ahead} of {len(found)} comparisons"
     return [f"{summary}; the others:" if lines else f"{summary}.", *(["\n".join(lines)] if lines else [])]
 
 
@@ -200,30 +211,40 @@ def _signed(value: float) -> str:
 
 
 def _accuracy_table(results: Results, found: Sequence[Difference], ratio: float) -> str:
-    head = ["setting", "n", "removed %", "validation, pruned", "retrained", "test", "upop − it, points", "upop is"]
-    by_setting = {d.setting: d for d in found if d.where == _percent(ratio)}
-    return _table(head, [_accuracy_row(results, s, ratio, by_setting.get(s)) for s in results.settings])
+    head = ["setting", "n", "removed %", "validation, pruned", "retrained", "test"]
+    for ours in results.ours:
+        head += [f"{ours} − it, points", f"{ours} is"]
+    here = {(d.ours, d.setting): d for d in found if d.where == _percent(ratio)}
+    return _table(head, [_accuracy_row(results, setting, ratio, here) for setting in results.settings])
 
 
-def _accuracy_row(results: Results, setting: str, ratio: float, d: Difference | None) -> list[str]:
+def _accuracy_row(
+    results: Results, setting: str, ratio: float, here: Mapping[tuple[str, str], Difference]
+) -> list[str]:
     runs = list(results.of(setting, ratio).values())
     if not runs:
         return [setting, *_missing(results, setting, ratio)]
-    return [
+    row = [
         setting,
         str(len(runs)),
         _pm([100 * run["removed"] for run in runs]),
         _pm([100 * run["accuracy"]["pruned"]["validation"] for run in runs]),
         _pm([100 * run["accuracy"]["retrained"]["validation"] for run in runs]),
         _pm([_test(run) for run in runs]),
-        _judged(d) if d else "",
-        d.verdict if d else "",
     ]
+    for ours in results.ours:
+        d = here.get((ours, setting))
+        row += [_judged(d) if d else "", d.verdict if d else ""]
+    return row
 
 
 def _missing(results: Results, setting: str, ratio: float) -> list[str]:
     near = [run["removed"] for (s, r, _), run in results.unreachable.items() if (s, r) == (setting, ratio)]
-    return ["0", f"target not met, nearest {100 * near[0]:.1f}" if near else "no runs", *[""] * 5]
+    return [
+        "0",
+        f"target not met, nearest {100 * near[0]:.1f}" if near else "no runs",
+        *[""] * (3 + 2 * len(results.ours)),
+    ]
 
 
 def _cost_table(results: Results, ratio: float) -> str:
@@ -254,9 +275,9 @@ def _memory(run: Result) -> float | None:
 
 
 def _overall_table(found: Sequence[Difference]) -> str:
-    rows = [[d.setting, d.where, _judged(d), d.verdict] for d in found if d.where.startswith("over")]
+    rows = [[d.ours, d.setting, d.where, _judged(d), d.verdict] for d in found if d.where.startswith("over")]
     note = "Each seed's differences are averaged over the ratios, and the averages tested.\n\n"
-    return note + _table(["setting", "where", "upop − it, test, points", "upop is"], rows)
+    return note + _table(["ours", "setting", "where", "ours − it, test, points", "ours is"], rows)
 
 
 def _rates_table(results: Results) -> str:

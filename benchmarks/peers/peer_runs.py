@@ -32,14 +32,15 @@ from upop.train import FitOptions, Progress, evaluate, fit
 from upop.version import code_version
 
 SCHEMA = 1
-UPOP, SCRATCH = "upop", "scratch"
-SETTINGS = (UPOP, *peers.SETTINGS, SCRATCH)
+UPOP, ONE_SHOT, SCRATCH = "upop", "upop-one-shot", "scratch"
+SETTINGS = (UPOP, ONE_SHOT, *peers.SETTINGS, SCRATCH)
 LATENCY_BATCHES = (1, 64)
 # What studies/claims.toml has, for everybody. The search's rate is not among the rates chosen from here.
 RECIPE: dict[str, Any] = {"optimizer": "adamw", "batch_size": 128, "lr_search": 5e-4}
 CHOICE_RATIO, CHOICE_SEED = 0.8, 100
 TAYLOR_BATCHES, TAYLOR_BATCH_SIZE = 50, 64  # the batches of Isomorphic Pruning, the batch size of Torch-Pruning
 PLAIN_STEPS = 24  # of ordinary training, for what a step costs without a search
+ONE_SHOT_BATCHES = 16  # to rank by and to compensate with, of the batch size of training
 RETRAIN = 2  # position of retraining among upop's stages, which its batches are drawn by
 
 
@@ -82,6 +83,7 @@ def choice_of(setting: str) -> Job:
 def spec(job: Job, options: Options) -> dict[str, Any]:
     """What must be equal for a result to be the result of this job, as JSON gives it back."""
     how = dataclasses.asdict(peers.SETTINGS[job.setting]) if job.setting in peers.SETTINGS else None
+    how = {"rank_batches": ONE_SHOT_BATCHES} if job.setting == ONE_SHOT else how
     shared = dataclasses.asdict(options) | {"rates": list(options.rates)}
     # Folders are known by what is in them, wherever they lie.
     del shared["dense"]
@@ -99,7 +101,7 @@ def carry_out(job: Job, options: Options) -> dict[str, Any]:
         if job.rate is None:
             found = _choose(job, options, config)
         else:
-            found = (_upop if job.setting == UPOP else _peer)(job, options, config)
+            found = (_upop if job.setting in (UPOP, ONE_SHOT) else _peer)(job, options, config)
         about = provenance(torch.device("cpu"), _command(job, options))
     about["versions"] |= _torch_pruning_version()
     seconds = {"wall_seconds": time.monotonic() - began}
@@ -108,14 +110,16 @@ def carry_out(job: Job, options: Options) -> dict[str, Any]:
 
 def _config(job: Job, options: Options, out: str) -> PruneConfig:
     """The `upop prune` of this job; peers take their data, recipe and target from it too."""
+    one_shot = job.setting == ONE_SHOT
     return PruneConfig(
         model=options.dense,
         data=options.data,
         target=f"params={job.ratio}",
         out=out,
         stages="search,retrain",
-        epochs_search=options.epochs / 2,
-        epochs_retrain=options.epochs / 2,
+        epochs_search=0 if one_shot else options.epochs / 2,
+        epochs_retrain=options.epochs if one_shot else options.epochs / 2,
+        rank_batches=ONE_SHOT_BATCHES,
         lr_retrain=job.rate or options.rates[0],
         seed=job.seed,
         subset=options.subset,
@@ -237,7 +241,6 @@ def _upop(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
     watch = _Watch()
     result = prune(config, observer=watch)
     accuracy, latency = result["accuracy"], result["latency"]
-    plain, steps = _plain_steps(config)
     return {
         "removed": result["ratio"]["params"],
         "accuracy": {"pruned": {"validation": accuracy["slim"]["validation"]}, "retrained": accuracy["retrain"]},
@@ -246,14 +249,19 @@ def _upop(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
         "macs": result["macs"],
         "latency": {batch: {"dense": found["before"], "pruned": found["after"]} for batch, found in latency.items()},
         "memory": watch.memory,
-        "cpu_seconds": _search_seconds(watch, plain, steps),
+        "cpu_seconds": _one_shot_seconds(watch) if job.setting == ONE_SHOT else _search_seconds(watch, config),
     }
 
 
-def _search_seconds(watch: "_Watch", plain: float, steps: int) -> dict[str, float]:
-    """Of a search, `pruning` is what its steps take longer than as many ordinary ones (`plain` seconds each)."""
+def _one_shot_seconds(watch: "_Watch") -> dict[str, float]:
+    return {"pruning": watch.seconds("search"), "training": watch.seconds("retrain")}
+
+
+def _search_seconds(watch: "_Watch", config: PruneConfig) -> dict[str, float]:
+    """Of a search, `pruning` is what its steps take longer than as many ordinary ones of the dense model."""
+    plain, steps = _plain_steps(config)
     step = statistics.median(_differences(watch.times["search"]))
-    search, retrain = (times[-1] - times[0] for times in (watch.times["search"], watch.times["retrain"]))
+    search, retrain = watch.seconds("search"), watch.seconds("retrain")
     extra = (step - plain) * steps
     return {
         "pruning": extra,
@@ -283,9 +291,12 @@ class _Watch:
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
+        self.ended: dict[str, float] = {}
         self.memory: dict[str, Any] = {}
 
     def stage(self, name: str, about: str) -> None:
+        if self.times:
+            self.ended[self._stage] = time.process_time()
         self._stage = name
         if name == "search":
             self._peak = PeakMemory()
@@ -298,10 +309,15 @@ class _Watch:
 
     def epoch(self, number: int, accuracy: float) -> None: ...
 
+    def seconds(self, stage: str) -> float:
+        """CPU time from a stage's start to its last step; to its end where it has no steps."""
+        times = self.times[stage]
+        return (times[-1] if len(times) > 1 else self.ended[stage]) - times[0]
+
 
 def _choose(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
     """Prune once, retrain with each rate; the rate with the best validation accuracy. Test is not read."""
-    small, bench = _searched(config) if job.setting == UPOP else _pruned(job, config)
+    small, bench = _searched(config) if job.setting in (UPOP, ONE_SHOT) else _pruned(job, config)
     epochs = options.epochs / 2 if job.setting == UPOP else options.epochs
     found = {}
     for rate in options.rates:

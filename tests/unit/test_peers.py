@@ -111,9 +111,11 @@ def write(folder, *results):
 
 
 def test_the_report_of_two_runs_has_both_and_judges_nothing(tmp_path):
-    write(tmp_path, result("upop", 0, 0.72), result("taylor", 0, 0.70))
+    write(tmp_path, result("upop", 0, 0.72), result("upop-one-shot", 0, 0.74), result("taylor", 0, 0.70))
     text = report.report(report.read(tmp_path))
-    assert "| taylor | 1 | 80.00 | 30.00 | 70.00 | 70.00 | +2.00 points (n = 1) | not judged (n = 1) |" in text
+    judged = ["+2.00 points (n = 1)", "not judged (n = 1)", "+4.00 points (n = 1)", "not judged (n = 1)"]
+    assert f"| taylor | 1 | 80.00 | 30.00 | 70.00 | 70.00 | {' | '.join(judged)} |" in text
+    assert "## Where upop-one-shot is not ahead" in text
     assert "| taylor | 0.000 | 2.000 | 2.00 | 2.00 |  | 2.0 | 32 | 50 |" in text
 
 
