@@ -33,7 +33,7 @@ class PruneConfig(BaseModel):
     target: str = Field(
         "params=0.5",
         description="what to remove: params=0.5, macs=0.5, latency=0.5, prunable=0.5, or what is left: params=11M, "
-        "macs=2.3G, latency=4ms; open = see below",
+        "macs=2.3G, latency=4ms; open: as far as max_drop, tolerance or threshold allow",
     )
     out: str = Field("runs/latest", description="folder for everything that comes out")
     stages: str = Field("dense,search,retrain", description="which stages to run, each on the model it is given")
@@ -306,6 +306,8 @@ def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            what = f"missing; expected {PruneConfig.model_fields[key].description}"
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         raise ConfigError(f"{where}: {key + ': ' if key else ''}{what}{got}") from None
 

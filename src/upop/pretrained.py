@@ -75,10 +75,9 @@ def _prepare(config: PrunedConfig) -> None:
     import upop.modeling  # noqa: F401 - registers the classes
 
 
-def register() -> None:
-    """Make `AutoConfig` (and, through it, the Auto model classes and pipelines) know slimmed models."""
-    AutoConfig.register("upop_vit", PrunedViTConfig, exist_ok=True)
-    AutoConfig.register("upop_deit", PrunedDeiTConfig, exist_ok=True)
+# `AutoConfig`, and through it the Auto model classes and pipelines, know slimmed models from here on.
+AutoConfig.register("upop_vit", PrunedViTConfig, exist_ok=True)
+AutoConfig.register("upop_deit", PrunedDeiTConfig, exist_ok=True)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:

@@ -114,7 +114,9 @@ def test_prune_ends_with_a_table_and_eval_agrees(upop, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune", "--data", "digits"], "model: Field required"),
+        (["prune", "--data", "digits"], "model: missing; expected Hub name, local folder, or built-in shape"),
+        (["prune", "deit-digits"], r"unexpected extra argument\(s\) \(deit-digits\); see upop prune --help"),
+        (["eval", "deit-digits"], "Missing .*data; see upop eval --help"),
         (["prune", "--model", "deit-tiny-cifra", "--data", "digits"], "did you mean 'deit-tiny-cifar'"),
         (["prune", "--model", "no/such/folder", "--data", "digits"], "no/such/folder"),
         (["prune", *QUICK, "--target", "params=0.99"], "params=0.99: cannot be met; reachable here is params=0 to"),

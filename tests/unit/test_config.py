@@ -56,7 +56,7 @@ def test_bad_values_are_refused_in_one_line(values, message):
 
 
 def test_missing_values_are_named():
-    with pytest.raises(ConfigError, match="options: data: Field required"):
+    with pytest.raises(ConfigError, match="options: data: missing; expected cifar10, a Hub data set"):
         make_config({"model": "deit-digits"})
 
 

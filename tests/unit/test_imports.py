@@ -130,6 +130,43 @@ main()
     assert done.stderr.startswith(f"upop: {tmp_path}"), "the one line that says what is missing in the folder"
 
 
+def brought_by(program):
+    """Every module that a fresh interpreter has imported after `program`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{program}\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_upop_brings_torch_but_no_model_code_and_slimmed_models_are_known_all_the_same():
+    names = [*upop.__all__, "SearchCallback"]
+    found = brought_by(
+        f"""import upop
+assert not set(sys.modules) & {{"transformers.modeling_utils", "upop.modeling"}}
+assert set({names}) <= set(dir(upop))
+upop.Search
+assert all(callable(getattr(upop, name)) for name in {[n for n in names if n != "SearchCallback"]})
+early = set(sys.modules)
+from transformers import AutoConfig
+AutoConfig.for_model("upop_vit")
+assert "upop.modeling" in sys.modules
+sys.modules.clear()
+sys.modules.update(dict.fromkeys(early))"""
+    )
+    assert "torch" in found
+    heavy = {"accelerate", "datasets", "matplotlib", "onnx", "pandas", "plotly", "pyarrow", "ray", "scipy", "sklearn"}
+    assert not found & {*heavy, "lightning", "timm", "pydantic", "typer", "torchvision"}
+
+
+@pytest.mark.parametrize("started_as", ["upop", "/usr/bin/upop", "upop.exe", "-m"])
+def test_the_command_is_ready_to_answer_before_torch_is_imported(started_as):
+    found = brought_by(f"sys.argv[0] = {started_as!r}\nimport upop.cli")
+    assert not found & {"torch", "transformers", "numpy", "matplotlib", "pyarrow", "huggingface_hub"}
+
+
 def test_no_model_library_is_imported_to_describe_a_family():
     for module in FILES:
         if module.startswith("families"):

@@ -33,7 +33,7 @@ def main() -> None:
     """Entry point: runs the command line; bad input ends in one line on stderr and exit code 2."""
     keep_freed_memory()
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="upop")
     except StopError as error:
         _fail(str(error), error)
         code = STOPPED
@@ -42,7 +42,9 @@ def main() -> None:
     except typer.TyperException as error:
         # The parser knows which options come near a wrong one, but says so only in its own layout.
         near = getattr(error, "possibilities", None) or ()
-        code = _fail(f"{error}" + (f"; did you mean {near[0]}?" if near else ""), error)
+        context = getattr(error, "ctx", None)
+        hint = f"; did you mean {near[0]}?" if near else f"; see {context.command_path} --help" if context else ""
+        code = _fail(f"{error}".rstrip(".") + hint, error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = _fail(f"{where}{error.strerror or error}", error)
