@@ -11,7 +11,6 @@ Shape suffixes: F frames, S structures, U units of all structures, R rows, C col
 """
 
 import base64
-import json
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from upop.errors import UpopError
 from upop.plots import COLORS, KIND_LABELS
+from upop.reading import read_json
 from upop.trace import Trace, load_trace
 
 RGB = NDArray[np.uint8]
@@ -73,7 +73,7 @@ def animate(run_folder: Path, out: Path) -> Path:
 def title(run_folder: Path) -> str:
     """Method, model and target as far as `result.json` tells them, else the folder's name."""
     try:
-        config = json.loads((run_folder / "result.json").read_text(encoding="utf-8"))["config"]
+        config = read_json(run_folder / "result.json")["config"]
         model, target = str(config["model"]), str(config["target"])
         method = str(config.get("method", "upop"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -3,7 +3,6 @@
 Must not measure, load models or need torch: bench.json can be read and judged anywhere.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 from upop.errors import UpopError
 from upop.folder import weights_hash
+from upop.reading import read_json
 
 SCHEMA = 1
 HEAD_DIMS = ("attn", "dims", "qk", "v")  # kinds whose widths are head dims
@@ -133,7 +133,7 @@ def recorded_accuracy(folder: Path) -> dict[str, float]:
     """
     file = folder.parent / "result.json"
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_json(file)
         stage = folder.name if folder.name in ("dense", "slim") else list(result["accuracy"])[-1]
         if folder.name == "model" and result.get("weights"):
             same = result["weights"] == weights_hash(folder)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from upop.drive import Drive, check_options
 from upop.errors import ModelError, UpopError
+from upop.reading import read_json
 from upop.search import Search
 from upop.targets import Target
 
@@ -230,7 +232,10 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 def load_state(folder: Path) -> dict[str, Any]:
     """What `save_state` wrote; raises UpopError for files that do not belong together."""
-    tensors = load_file(folder / TENSORS)
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UpopError(f"{folder / TENSORS}: damaged ({error}); resume from another checkpoint") from error
 
     def whole(value: Any) -> Any:
         if isinstance(value, dict):
@@ -238,8 +243,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         return value
 
     try:
-        state: dict[str, Any] = whole(json.loads((folder / PLAIN).read_text(encoding="utf-8")))
-    except (KeyError, json.JSONDecodeError) as error:
+        state: dict[str, Any] = whole(read_json(folder / PLAIN, finite=False))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpopError(f"{folder / PLAIN}: damaged ({error}); resume from another checkpoint") from error
     return state
 

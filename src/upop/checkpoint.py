@@ -3,7 +3,6 @@
 Nothing is pickled, nothing is run on loading. A checkpoint is there whole or not at all, and says if it was damaged.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upop.errors import UpopError
-from upop.folder import disk_errors
+from upop.folder import digest, disk_errors
+from upop.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     text = json.dumps({"format": FORMAT, "state": _encode(state, "", tensors)})
     save_file(tensors, temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(text, encoding="utf-8")
-    seal = {name: hashlib.sha256((temporary / name).read_bytes()).hexdigest() for name in FILES}
+    seal = {name: digest(temporary / name) for name in FILES}
     (temporary / SEAL).write_text(json.dumps(seal), encoding="utf-8")
     for name in (*FILES, SEAL):
         _sync(temporary / name)
@@ -100,14 +100,16 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """What `write` was given. Raises UpopError, one line, for anything that is not a whole checkpoint."""
     try:
-        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}
+        seal = read_json(path / SEAL)
+        found = {name: digest(path / name) for name in FILES}
         if seal != found:
             raise UpopError(f"{path}: damaged, its files are not those that were written")
-        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        saved = read_json(path / "state.json", finite=False)
         if saved["format"] != FORMAT:
             raise UpopError(f"{path}: expected checkpoint format {FORMAT}, got {saved['format']}")
-        state: dict[str, Any] = _decode(saved["state"], load_file(path / "tensors.safetensors"))
+        state = _decode(saved["state"], load_file(path / "tensors.safetensors"))
+        if not isinstance(state, dict):
+            raise UpopError(f"{path}: expected the state of a run, got {type(state).__name__}")
         return state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
         if isinstance(error, UpopError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from upop.errors import UpopError
 from upop.folder import write_whole
+from upop.reading import read_json
 from upop.report.records import load_results
 
 KEEP = "study.json"
@@ -29,7 +30,7 @@ def collect(source: Path, target: Path) -> int:
         if old.stem not in labels and old.name != KEEP:
             old.unlink()
     for label, path in labels.items():
-        text = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"))
+        text = json.dumps(read_json(path), separators=(",", ":"))
         write_whole(target / f"{label}.json", text + "\n")
     if (source / KEEP).is_file():
         shutil.copyfile(source / KEEP, target / KEEP)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from upop.errors import UpopError, nearest
 from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds
+from upop.reading import read_text
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -315,11 +316,14 @@ def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
 def load_config(path: Path) -> dict[str, Any]:
     """The values in a TOML config file; raises ConfigError where it cannot be read."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f'{path}: expected TOML such as model = "deit-tiny-cifar" ({error})') from None
+    except UpopError as error:
+        raise ConfigError(str(error)) from None
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise ConfigError(f'{path}: expected TOML such as model = "deit-tiny-cifar" ({what})') from None
     return values
 
 

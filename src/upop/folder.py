@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upop.errors import UpopError
+from upop.reading import check_file, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -187,8 +188,14 @@ def weights_hash(model: Path) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _digest(file: Path, changed_ns: int, size: int) -> str:
     # Studies and checkpoints ask again and again for the same large file: it is read once while it stays as it is.
+    return digest(file)[:16]
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file's content, in hexadecimal. Raises UpopError for what is no ordinary file, such as a pipe."""
+    check_file(file)
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def recorded(model: Path, data: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -197,12 +204,12 @@ def recorded(model: Path, data: Mapping[str, Any]) -> dict[str, dict[str, float]
     Empty where no run stands behind the folder, its weights have changed since, or the data are others.
     """
     try:
-        result = json.loads((model.parent / "result.json").read_text(encoding="utf-8"))
+        result = read_json(model.parent / "result.json")
         same = result["weights"] == weights_hash(model) is not None and result["data"] == json.loads(json.dumps(data))
         stage = list(result["accuracy"])[-1]
         splits = result["accuracy"][stage]
-        return {s: {key: result[key][stage][s] for key in ("accuracy", "loss")} for s in splits} if same else {}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {s: {key: float(result[key][stage][s]) for key in ("accuracy", "loss")} for s in splits} if same else {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return {}
 
 

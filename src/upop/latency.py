@@ -3,8 +3,10 @@
 Plain numbers. Must not measure: see `upop.timing`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from upop.costs import Cost, Term
@@ -48,9 +50,21 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatencyTable":
-        """From `to_dict()`, also after JSON has made lists of tuples."""
-        points = {kind: tuple((float(f), float(ms)) for f, ms in points) for kind, points in values["points"].items()}
-        return cls(**{**values, "points": points, "widths": dict(values["widths"])})
+        """From `to_dict()`, also after JSON has made lists of tuples. Raises TargetError for anything else."""
+        try:
+            points = {k: tuple((float(f), float(ms)) for f, ms in points) for k, points in values["points"].items()}
+            table = cls(**{**values, "points": points, "widths": dict(values["widths"])})
+            numbers = [table.dense_ms, table.scale, table.noise, *(ms for row in points.values() for _, ms in row)]
+            right = all(math.isfinite(n) and n >= 0 for n in numbers) and table.dense_ms > 0
+            rising = all(
+                row and all(low < high for (low, _), (high, _) in pairwise([(-1e-9, 0.0), *row, (1.0, 0.0)]))
+                for row in points.values()
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TargetError(f"latency table: expected what LatencyTable.to_dict() gives, got {error!r}") from None
+        if not right or not rising:
+            raise TargetError("latency table: expected times in ms and fractions that rise from 0 to below 1")
+        return table
 
     def __str__(self) -> str:
         return f"batch {self.batch}, {self.runtime}, {self.dtype}, {self.device}, {self.threads} thread(s)"

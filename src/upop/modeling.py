@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -20,9 +21,11 @@ from transformers.models.vit.modeling_vit import ViTAttention, eager_attention_f
 
 from upop.errors import ModelError
 from upop.families.hf import VIT, is_split
+from upop.hub import fetch
 from upop.kinds import refine
 from upop.pretrained import PrunedConfig, PrunedDeiTConfig, PrunedViTConfig
 from upop.surgery import cut_
+from upop.vetting import check_finite, check_shapes, vet
 
 
 class PrunedViTForImageClassification(ViTForImageClassification):  # type: ignore[misc]
@@ -177,12 +180,14 @@ def _pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 def load(source: str, *, new_head: bool = False) -> nn.Module:
     """See `upop.from_pretrained`; with `new_head` the folder may lack the classifier, or bring a pooler instead."""
-    local = Path(source).exists()
-    if local and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"{source}: expected a model folder with config.json and model.safetensors, found none")
+    folder = str(fetch(source))
+    promise = vet(Path(folder))
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            check_shapes(AutoModelForImageClassification.from_config(config, trust_remote_code=False), promise)
         model, info = AutoModelForImageClassification.from_pretrained(
-            source,
+            folder,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -191,8 +196,7 @@ def load(source: str, *, new_head: bool = False) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:
-        what = "cannot load the model folder" if local else "no such local folder, and not to be had from the Hub"
-        raise ModelError(f"{source}: {what} ({_first_line(error)})") from error
+        raise ModelError(f"{source}: cannot load the model folder ({_first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem, ()))
         if found := [name for name in names if not (new_head and ("classifier" in name or "pooler" in name))]:
@@ -201,6 +205,7 @@ def load(source: str, *, new_head: bool = False) -> nn.Module:
                 "to config.json, or the folder is no image classifier"
             )
     module: nn.Module = model
+    check_finite(module, source)
     return module.eval()
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from upop.errors import ModelError, nearest
+from upop.errors import ModelError, UpopError, nearest
+from upop.reading import read_json
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
-PROCESSOR = "preprocessor_config.json"
+PROCESSOR, NEWER_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
         shape = SHAPES[name]
         torch.manual_seed(seed)
         return LoadedModel(_build(shape), shape.image_size, shape.mean, shape.std, trained=False)
+    from upop.hub import fetch
     from upop.modeling import load
 
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
@@ -75,8 +77,9 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
             f"name such as facebook/deit-base-patch16-224{nearest(name, SHAPES)}"
         )
     # Master weights: a folder saved in bfloat16 would otherwise be trained, and judged, in it.
-    model = load(name, new_head=new_head).float()
-    size, mean, std, notes = _image_settings(name, model)
+    folder = fetch(name)
+    model = load(str(folder), new_head=new_head).float()
+    size, mean, std, notes = _image_settings(name, model, folder)
     return LoadedModel(model, size, mean, std, trained=True, notes=notes)
 
 
@@ -127,7 +130,9 @@ def fit_head_(model: nn.Module, classes: tuple[str, ...], *, name: str, replace:
     stock.num_labels = len(classes)
 
 
-def _image_settings(name: str, model: Any) -> tuple[int, tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+def _image_settings(
+    name: str, model: Any, folder: Path
+) -> tuple[int, tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
     """Image size of the config; mean and std of the image processor or, without one, the model type's, with a note.
 
     Raises ModelError for models of other than square RGB images, and for a processor that cannot be read.
@@ -139,14 +144,7 @@ def _image_settings(name: str, model: Any) -> tuple[int, tuple[float, ...], tupl
             f"{name}: expected a model of square RGB images, got image_size {model.config.image_size} and "
             f"{model.config.num_channels} channel(s)"
         )
-    from transformers import ImageProcessingMixin
-
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except (OSError, ValueError) as error:
-        if (Path(name) / PROCESSOR).exists():
-            raise ModelError(f"{name}/{PROCESSOR}: cannot be read ({str(error).splitlines()[0]})") from error
-        values = {}
+    values = _processor_settings(folder)
     mean, std = values.get("image_mean"), values.get("image_std")
     notes: tuple[str, ...] = ()
     if mean is None or std is None:
@@ -156,6 +154,21 @@ def _image_settings(name: str, model: Any) -> tuple[int, tuple[float, ...], tupl
     if not (_is_three_numbers(mean) and _is_three_numbers(std) and min(std) > 0):
         raise ModelError(f"{name}/{PROCESSOR}: expected 3 means and 3 deviations > 0, got {mean}, {std}")
     return size, tuple(mean), tuple(std), notes
+
+
+def _processor_settings(folder: Path) -> dict[str, Any]:
+    """What the folder says about its images: newer releases of transformers put it beside what is no image's."""
+    try:
+        if (folder / PROCESSOR).exists():
+            return read_json(folder / PROCESSOR)
+        if (folder / NEWER_PROCESSOR).exists():
+            found = read_json(folder / NEWER_PROCESSOR).get("image_processor")
+            return found if isinstance(found, dict) else {}
+    except UpopError as error:
+        raise ModelError(f"{error}{'' if ';' in str(error) else '; correct or remove it'}") from None
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be read ({error.strerror or error}); check its permissions") from None
+    return {}
 
 
 def _is_three_numbers(value: Any) -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from upop import checkpoint
-from upop.config import PruneConfig
+from upop.config import PruneConfig, make_config
 from upop.errors import UpopError
 from upop.folder import RunFolder, is_main_process, own_command
 from upop.latency import LatencyTable
 from upop.observer import Nobody, Observer
 from upop.plan import Plan, cpu_threads, make_accelerator, make_plan
+from upop.reading import taking_over
 from upop.stages import CHECKPOINTS, SCHEMA, Result, Stages
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,13 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
     state = checkpoint.latest(folder / CHECKPOINTS)
     if state is None:
         raise UpopError(f"--resume {folder}: holds no whole checkpoint; start the run again with --overwrite")
-    config = PruneConfig(**state["config"]).model_copy(update={"out": str(folder)})
+    with taking_over(f"--resume {folder}"):
+        config = make_config({**state["config"], "out": str(folder)}, f"--resume {folder}")
     with cpu_threads(config.threads):
         plan = make_plan(config, latency=_table(state))
         if other := _differs(state, plan):
             raise UpopError(f"--resume {folder}: was begun with another {other}; start the run again with --overwrite")
-        return _carry_out(plan, observer or Nobody(), state["command"], state)
+        return _carry_out(plan, observer or Nobody(), str(state.get("command")), state)
 
 
 def _prune(config: PruneConfig, observer: Observer, command: str | None, go_on: bool) -> Result:

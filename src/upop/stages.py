@@ -41,6 +41,7 @@ from upop.penalty import equal_sparsity
 from upop.plan import Plan, make_batches, set_attention
 from upop.pretrained import save_pretrained
 from upop.profiling import count_params
+from upop.reading import taking_over
 from upop.search import Search
 from upop.slim import slim
 from upop.trace import TraceRecorder
@@ -74,11 +75,14 @@ class Stages:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.restored = state
-        self.searched, self.masked = dict(state["searched"]), dict(state["masked"])
-        self.seconds, self.notes = dict(state["seconds"]), list(state["notes"])
-        self.folder.cut("metrics.jsonl", state["metrics_size"])
-        log.info("going on: stage %s, step %s", state["stage"], state["fit"] and state["fit"]["tally"]["step"])
+        with taking_over(str(self.folder.path)):
+            self.restored = state
+            self.searched, self.masked = dict(state["searched"]), dict(state["masked"])
+            self.seconds, self.notes = dict(state["seconds"]), list(state["notes"])
+            size, stage, step = state["metrics_size"], state["stage"], state["fit"] and state["fit"]["tally"]["step"]
+            [*STAGES, "evaluate"].index(stage)
+        self.folder.cut("metrics.jsonl", size)
+        log.info("going on: stage %s, step %s", stage, step)
 
     def keep(self, stage: str, **more: Any) -> None:
         """Write a checkpoint of `stage`: before a step with `fit`, `model` and more, or before it begins."""
@@ -204,8 +208,9 @@ class Stages:
         about = f"{c.method}, {c.target}: search what can go"
         trace = TraceRecorder(search.structures, search.steps)
         if state := self.begun("search"):
-            search.load_state_dict(state["search"])
-            trace.load_state_dict(state["trace"])
+            with taking_over(str(self.folder.path)):
+                search.load_state_dict(state["search"])
+                trace.load_state_dict(state["trace"])
         hook = SearchHook(search, accuracy, c.lr_mask or 0.0, trace)
         self.fit(
             "search",
@@ -319,7 +324,8 @@ class Stages:
 
         begun = self.begun(stage)
         if begun is not None:
-            model.load_state_dict(begun["model"])
+            with taking_over(str(self.folder.path)):
+                model.load_state_dict(begun["model"])
         if c.compile:
             model.compile()
         with self.timed(stage):

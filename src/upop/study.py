@@ -20,6 +20,7 @@ from upop.config import command_line, given_values
 from upop.errors import UpopError
 from upop.executors import Executor, Job, Outcome
 from upop.folder import weights_hash, write_whole
+from upop.reading import read_json
 from upop.run import SCHEMA, Observer, Result, prune
 from upop.studyfile import DENSE, Study, StudyRun
 from upop.version import code_version
@@ -67,7 +68,7 @@ class Standing:
     def result(self, run: StudyRun) -> Result | None:
         """The run's result where it counts: complete, of this configuration, code, data and start."""
         try:
-            result: Result = json.loads((self.folder(run) / "result.json").read_text(encoding="utf-8"))
+            result: Result = read_json(self.folder(run) / "result.json", finite=False)
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -91,11 +92,11 @@ class Standing:
     def failure(self, run: StudyRun) -> str | None:
         """What the run said when it failed last time, with this configuration."""
         try:
-            found = json.loads(self.failure_file(run).read_text(encoding="utf-8"))
+            found = read_json(self.failure_file(run))
         except (OSError, ValueError):
             return None
         same = found.get("given") == json.loads(json.dumps(given_values(run.config)))
-        return str(found["error"]) if same else None
+        return str(found.get("error")) if same else None
 
     def folder(self, run: StudyRun) -> Path:
         return self.out / run.label

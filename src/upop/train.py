@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from upop.data import Batches
 from upop.errors import TrainingError
+from upop.reading import taking_over
 
 
 class Hook(Protocol):
@@ -156,7 +157,8 @@ def fit(
     tally = _Tally(steps, options, accelerator.device)
     prepared.train()
     if start is not None:
-        _load_state(start, ready, tally, accelerator.device)
+        with taking_over("--resume"):
+            _load_state(start, ready, tally, accelerator.device)
     first, skip = divmod(tally.step, len(batches))
     with closing(lesson):
         for epoch in range(first, math.ceil(steps / len(batches))):

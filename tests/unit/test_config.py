@@ -60,11 +60,19 @@ def test_missing_values_are_named():
         make_config({"model": "deit-digits"})
 
 
-@pytest.mark.parametrize("content", [b"model = ", b"\xff\xfe\x00"])
-def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model = ", r"broken\.toml: expected TOML"),
+        (b"\xff\xfe\x00", r"broken\.toml: expected text in UTF-8, got byte 0xff at 0; save it as UTF-8"),
+        (b"model = " + b"[" * 100_000, r"broken\.toml: expected TOML.*nested too deeply"),
+        (b"seed = " + b"9" * 5000, r"broken\.toml: expected TOML"),
+    ],
+)
+def test_a_file_that_is_not_toml_is_refused(tmp_path, content, message):
     path = tmp_path / "broken.toml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"broken\.toml: expected TOML"):
+    with pytest.raises(ConfigError, match=message):
         load_config(path)
 
 

@@ -4,8 +4,10 @@ Must not know labels, splits or batches.
 Shapes: n images, h height, w width; pixels are uint8 RGB in [0, 255].
 """
 
+import contextlib
 import io
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +18,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from upop.errors import DataError
+from upop.errors import DataError, UpopError
+from upop.reading import read_bytes
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
+Size: TypeAlias = int | tuple[int, int] | None  # resized and cut; kept, if they are (h, w); kept
 EXIF_ORIENTATION = 0x0112
+MOST_BYTES = 512 * 2**20  # of an encoded image
+MOST_PIXELS = 2**26  # of one: ImageNet's largest has 61 million
+LARGE = 2**23  # pixels; of images beyond, one is decoded at a time, so that memory is bounded by one
 TASK = 32  # images a thread decodes in one go: neighbours, since a table is read in row groups
 WAITING = 8  # tasks queued ahead: stopping early is quick, and few decoded images wait
+LONGEST = 200  # times as long as the other a side may be: the centre is cut after resizing
+_one_large = threading.Lock()
 
 
 class Items(Protocol):
@@ -61,7 +70,7 @@ class FileItems:
         return np.array([size_and_time(file)[0] for file in files], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
-        return Path(self.root, self.names[index]).read_bytes()
+        return read_bytes(Path(self.root, self.names[index]), most=MOST_BYTES)
 
 
 class Chosen:
@@ -102,19 +111,34 @@ def full_name(items: Items, index: int) -> str:
     return f"{items.root}/{items.name(index)}"
 
 
-def decode(items: Items, index: int, size: int | None) -> Pixels:
+def decode(items: Items, index: int, size: Size) -> Pixels:
     """Pixels [3, h, w] of one image, upright; [3, size, size] where a size is given.
 
-    To a size means: the shorter side to 256/224 of it, bicubic, then the centre, as published for DeiT.
+    To a size means: the shorter side to 256/224 of it, bicubic, then the centre, as published for DeiT. Raises
+    DataError for what is no image or more than can be taken, and SizesDifferError where (h, w) is given and differs.
     """
     try:
         with Image.open(io.BytesIO(items.read(index))) as image:
-            rgb = _rgb(ImageOps.exif_transpose(image))
+            # By its header, before anything is decoded: a few bytes can say that they are a gigabyte.
+            if (area := image.size[0] * image.size[1]) > MOST_PIXELS:
+                raise ValueError(f"{area:,} pixels, more than the {MOST_PIXELS:,} that are taken")
+            if isinstance(size, tuple) and _shown(image) != size:
+                raise SizesDifferError
+            with _one_large if area > LARGE else contextlib.nullcontext():
+                return _pixels(image, size if isinstance(size, int) else None)
+    except SizesDifferError:
+        raise
+    except UpopError as error:
+        raise DataError(f"{error}, or leave such files out with skip_bad") from error
     except Exception as error:  # Pillow's decoders raise about anything on broken files
         raise DataError(
             f"{full_name(items, index)}: expected an image, got {type(error).__name__}: {one_line(error)}; "
             "remove or replace it, or leave such files out with skip_bad"
         ) from error
+
+
+def _pixels(image: Image.Image, size: int | None) -> Pixels:
+    rgb = _rgb(ImageOps.exif_transpose(image))
     if size is not None:
         rgb = _centre(rgb, size)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
@@ -141,7 +165,8 @@ def decode_all(items: Items, size: int | None, *, skip_bad: bool) -> tuple[Pixel
     """
     pixels: Pixels | None = None
     bad: list[int] = []
-    for index, image in _decoded(items, size):
+    # Known beforehand, so that an odd one among them is never decoded.
+    for index, image in _decoded(items, common_size(items) if size is None else size):
         if isinstance(image, DataError):
             if not skip_bad:
                 raise image
@@ -159,11 +184,12 @@ def decode_all(items: Items, size: int | None, *, skip_bad: bool) -> tuple[Pixel
 
 def find_bad(items: Items) -> Ints:
     """Positions of broken images; reads and decodes everything, keeps nothing."""
-    bad = [index for index, image in _decoded(items, None) if isinstance(image, DataError)]
+    # To a pixel: those that wait for their turn take no memory.
+    bad = [index for index, image in _decoded(items, 1) if isinstance(image, DataError)]
     return np.array(bad, dtype=np.int64)
 
 
-def _decoded(items: Items, size: int | None) -> Iterator[tuple[int, Pixels | DataError]]:
+def _decoded(items: Items, size: Size) -> Iterator[tuple[int, Pixels | DataError]]:
     """(index, pixels or what is wrong) in order, decoded by a few threads: Pillow frees the interpreter."""
 
     def task(start: int) -> list[Pixels | DataError]:
@@ -186,7 +212,7 @@ def _ordered(
         yield from future.result()
 
 
-def _decode_or_error(items: Items, index: int, size: int | None) -> Pixels | DataError:
+def _decode_or_error(items: Items, index: int, size: Size) -> Pixels | DataError:
     try:
         return decode(items, index, size)
     except DataError as error:
@@ -197,10 +223,15 @@ def _header(items: Items, index: int) -> tuple[int, int] | None:
     """(h, w) as displayed, or None for a broken image, which decoding will report."""
     try:
         with Image.open(io.BytesIO(items.read(index))) as image:
-            width, height = image.size
-            lies = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            return _shown(image)
     except Exception:
         return None
+
+
+def _shown(image: Image.Image) -> tuple[int, int]:
+    """(h, w) as displayed."""
+    width, height = image.size
+    lies = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
     return (width, height) if lies else (height, width)
 
 
@@ -216,6 +247,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{image.size[0]:,} x {image.size[1]:,} pixels, one side more than {LONGEST} times the other")
     shorter = round(size * 256 / 224)
     scale = shorter / min(image.size)
     width, height = (max(shorter, round(side * scale)) for side in image.size)

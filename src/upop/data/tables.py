@@ -4,7 +4,6 @@ Must not decode images, nor import `datasets` or pyarrow before they are needed.
 
 import bisect
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -16,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from upop.data import cache
-from upop.data.items import Ints, one_line
+from upop.data.items import MOST_BYTES, Ints, one_line
 from upop.data.listing import SPLITS, Listing, key_of
-from upop.errors import DataError
+from upop.errors import DataError, UpopError
+from upop.reading import check_file, parse_json, read_bytes, size
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+MOST_ROWS = 2**27  # of a file
+MOST_GROUP = 2 * 2**30  # bytes of a row group, which is read as a whole
 SHARD = re.compile(r"(train|validation|valid|val|test)(?:-(\d+)-of-(\d+)|-.*)?\.parquet")
 
 
@@ -52,8 +54,9 @@ class ParquetItems:
         return f"{name} row {before + index - self.starts[group]}"
 
     def sizes(self, index: Ints) -> Ints:
-        groups = (_row_group(self.root, name, group, self.column) for name, group, _ in self.groups)
-        return np.concatenate([_lengths(column) for column in groups])[index]
+        with _reading(Path(self.root)):
+            groups = (_row_group(self.root, name, group, self.column) for name, group, _ in self.groups)
+            return np.concatenate([_lengths(column) for column in groups])[index]
 
     def read(self, index: int) -> bytes:
         group = bisect.bisect_right(self.starts, index) - 1
@@ -105,6 +108,16 @@ class HubItems:
         return _encoded(self.tables[part][index - self.starts[part]][self.column], "")
 
 
+def _check_sizes(metadata: Any, file: Path) -> None:
+    """Raise DataError for what would not fit in memory, as far as the file tells."""
+    groups = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    if metadata.num_rows > MOST_ROWS or max(groups, default=0) > MOST_GROUP:
+        raise DataError(
+            f"{file}: expected at most {MOST_ROWS:,} rows and row groups of {size(MOST_GROUP)}, got "
+            f"{metadata.num_rows:,} and {size(max(groups, default=0))}; write it again with smaller row groups"
+        )
+
+
 def parquet_names(folder: Path) -> list[str]:
     """All parquet files below a folder, relative to it, hidden folders left out."""
     found: list[str] = []
@@ -131,7 +144,7 @@ def parquet_folder(folder: Path) -> Listing:
     columns = _known({split: _read(folder, part, label) for split, part in shards.items()})
     names = [name for split in columns for name in shards[split]]
     items = ParquetItems(folder, names, image)
-    classes, labels, parts = _labels(columns, features[label].get("names"), str(folder))
+    classes, labels, parts = _labels(columns, _names(features[label]), str(folder))
     return Listing(folder.resolve().name, classes, items, labels, parts, key=key_of(folder, names))
 
 
@@ -155,7 +168,7 @@ def hub_dataset(name: str) -> Listing:
             f"{name}: expected images in column {image!r}, got {kind or 'a list'}; choose another data set"
         )
     columns = _known({split: table.data.column(label) for split, table in tables.items()})
-    classes, labels, parts = _labels(columns, features[label].get("names"), name)
+    classes, labels, parts = _labels(columns, _names(features[label]), name)
     plain = {split: tables[split].cast_column(image, datasets.Image(decode=False)) for split in columns}
     files = [entry["filename"] for table in plain.values() for entry in table.cache_files]
     key = key_of(Path("/"), files) if files else None
@@ -224,8 +237,21 @@ def _encoded(cell: Any, root: str) -> bytes:
     if cell is not None and cell["bytes"] is not None:
         return bytes(cell["bytes"])
     if cell is not None and cell.get("path"):
-        return Path(root, cell["path"]).read_bytes()
+        return read_bytes(_inside(root, cell["path"]), most=MOST_BYTES)
     raise ValueError("an empty cell")
+
+
+def _inside(root: str, name: str) -> Path:
+    """The file that a cell names: below the data set's folder, or in the caches of the Hub's libraries."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    path = Path(root, name)
+    allowed = [root] if root else [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    # Links inside are the owner's of the folder; a name that climbs out of it is the table's.
+    if not any(Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)) for folder in allowed):
+        raise ValueError(f"a path that leads out of the data set: {name[:100]}")
+    return path
 
 
 def _lengths(column: Any) -> Ints:
@@ -265,28 +291,43 @@ def _reading(file: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except UpopError:
+        raise
+    # Names in a damaged file need not be text.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: expected a parquet file, got {one_line(error)}; download it again") from error
 
 
 def _schema(file: Path) -> Any:
-    from pyarrow.parquet import read_schema
+    from pyarrow.parquet import ParquetFile
 
     with _reading(file):
-        return read_schema(file)
+        check_file(file)
+        with ParquetFile(file) as opened:
+            _check_sizes(opened.metadata, file)
+            return opened.schema_arrow
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """What the Hub's metadata, if there are any, declare of each column."""
     try:
-        declared = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+        text = schema.metadata[b"huggingface"].decode("utf-8")
+        declared = {str(name): kind for name, kind in parse_json(text)["info"]["features"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
         declared = {}
     return _by_column({name: declared.get(name) for name in schema.names})
 
 
 def _by_column(declared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: feature if isinstance(feature, dict) else {} for name, feature in declared.items()}
+
+
+def _names(feature: Mapping[str, Any]) -> list[str] | None:
+    """The classes' names, where the metadata declare any: texts, no two alike."""
+    names = feature.get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return names if len(set(names)) == len(names) else None
 
 
 def _read(folder: Path, names: Sequence[str], column: str) -> Any:
@@ -297,6 +338,11 @@ def _read(folder: Path, names: Sequence[str], column: str) -> Any:
     for name in names:
         with _reading(folder / name):
             pieces.append(ParquetFile(folder / name).read(columns=[column]).column(0))
+            if pieces[-1].type != pieces[0].type:
+                raise DataError(
+                    f"{folder / name}: expected labels of type {pieces[0].type} as in {names[0]}, got "
+                    f"{pieces[-1].type}; give all files the same columns"
+                )
     return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], type=pieces[0].type)
 
 

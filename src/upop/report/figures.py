@@ -210,19 +210,23 @@ def survivors(results: Results) -> Figure:
 
 
 def mean_kept(group: Group, kind: str) -> list[float]:
-    """Surviving share per layer in per cent, mean over the group's runs."""
+    """Surviving share per layer in per cent, mean over the group's runs; empty where not all have these layers."""
+    widths = [run.data["widths"]["before"].get(kind, ()) for run in group.runs]
+    if len({len(layers) for layers in widths}) > 1 or not widths[0]:
+        return []
     return [100 * stat(layer).mean for layer in zip(*(run.kept(kind) for run in group.runs), strict=True)]
 
 
 def _survivors(groups: Sequence[Group]) -> Json:
-    kinds = [kind for kind in groups[0].runs[0].data["widths"]["before"]]
-    names = [plain(f"{group.name} (n = {len(group.runs)})") for group in groups]
+    kinds = list(dict.fromkeys(kind for group in groups for kind in group.runs[0].data["widths"]["before"]))
     height = 110 + len(kinds) * (PANEL_GAP + 24 * len(groups))
     layout = base_layout("", "", height)
     data: list[Json] = []
     for row, kind in enumerate(kinds):
         suffix = "" if row == 0 else str(row + 1)
-        shares = [mean_kept(group, kind) for group in groups]
+        # Runs may have pruned other kinds.
+        known = {plain(f"{g.name} (n = {len(g.runs)})"): share for g in groups if (share := mean_kept(g, kind))}
+        names, shares = list(known), list(known.values())
         data.append(_heatmap([[round(value, 1) for value in share] for share in shares], names, kind, suffix))
         layout |= panel(row, len(kinds), suffix, f"{KINDS.get(kind, kind)}, by layer", height=height, reverse=True)
         layout[f"xaxis{suffix}"]["dtick"] = 1

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from upop.errors import UpopError
+from upop.reading import read_json
+from upop.report.form import first_fault, first_study_fault
 
 SCHEMA = 2
 DENSE, CONTINUED, OPEN = "dense", "dense-continued", "open"
@@ -180,9 +182,9 @@ def _study(folder: Path) -> Mapping[str, Any]:
     if study.get("schema") != 1:
         got = f"schema {study.get('schema')!r}"
         _refuse(folder, path.name, "a study of schema 1", got, "run the study again with this version, or delete it")
-    for key, kind in {"name": str, "runs": dict, "base": dict}.items():
-        if not isinstance(study.get(key), kind):
-            _refuse(folder, path.name, f"{key!r} as {kind.__name__}", repr(study.get(key)), "run the study again")
+    if (wrong := first_study_fault(study)) is not None:
+        key, expected, value = wrong
+        _refuse(folder, path.name, f"{key} as {expected}", _short(value), "run the study again")
     return study
 
 
@@ -202,17 +204,13 @@ def _refuse(folder: Path, name: str, expected: str, got: str, advice: str) -> No
 
 
 def _read(path: Path, folder: Path, advice: str) -> dict[str, Any]:
-    def constant(word: str) -> NoReturn:
-        raise ValueError(f"the number {word}")
-
-    name = path.relative_to(folder).as_posix()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
-    except (ValueError, OSError) as error:
-        _refuse(folder, name, "readable JSON", str(error).splitlines()[0], f"{advice}, or delete the file")
-    if not isinstance(data, dict):
-        _refuse(folder, name, "a JSON object", type(data).__name__, f"{advice}, or delete the file")
-    return data
+        return read_json(path)
+    except UpopError as error:
+        raise UpopError(f"{error}; {advice}, or delete the file") from None
+    except OSError as error:
+        name = path.relative_to(folder).as_posix()
+        _refuse(folder, name, "a file that can be read", str(error.strerror), f"{advice}, or delete the file")
 
 
 def _result(path: Path, folder: Path) -> Mapping[str, Any]:
@@ -222,65 +220,15 @@ def _result(path: Path, folder: Path) -> Mapping[str, Any]:
         _refuse(folder, name, f"a result of schema {SCHEMA}", f"schema {data.get('schema')!r}", advice)
     if data.get("status") != "complete":
         _refuse(folder, name, "status 'complete'", repr(data.get("status")), advice)
-    for key, expected, right in _requirements(data):
-        value: Any = data
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not right(value):
-            _refuse(folder, name, f"{key} as {expected}", _short(value), advice)
+    if (wrong := first_fault(data)) is not None:
+        key, expected, value = wrong
+        _refuse(folder, name, f"{key} as {expected}", _short(value), advice)
     return data
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
-
-
-def _requirements(data: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
-    """(dotted key, what is expected there, a test of it), first for every result, then for pruned ones."""
-    for key in ("config", "accuracy", "versions", "hardware"):
-        yield key, "an object", lambda value: isinstance(value, dict) and bool(value)
-    yield "command", "text", lambda value: isinstance(value, str)
-    yield "config.seed", "a whole number", lambda value: isinstance(value, int)
-    for key in ("config.method", "config.target"):
-        yield key, "text", lambda value: isinstance(value, str)
-    yield "accuracy.dense", "an object", lambda value: isinstance(value, dict)
-    for stage in data["accuracy"]:
-        for split in ("validation",) if stage == "search" else ("validation", "test"):
-            yield f"accuracy.{stage}.{split}", "a fraction", lambda value: _is_number(value) and 0 <= value <= 1
-    if set(data["accuracy"]) == {DENSE} or data["config"]["method"] == CONTINUED:
-        return
-    yield "gap", "null or a number", lambda value: value is None or _is_number(value)
-    for key in ("ratio.prunable", "ratio.params", "params.before", "params.after", "macs.before", "macs.after"):
-        yield key, "a number", _is_number
-    yield "widths", "units per kind and layer, before and after", _are_widths
-    yield "latency", "milliseconds per batch size, before and after", _is_latency
-    yield "trajectory", "null or step, ratio and mean_mask", _is_trajectory
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _are_widths(value: Any) -> bool:
-    before, after = (value or {}).get("before"), (value or {}).get("after")
-    if not isinstance(before, dict) or not isinstance(after, dict) or set(before) != set(after):
-        return False
-    return all(len(before[kind]) == len(after[kind]) and all(before[kind]) for kind in before)
-
-
-def _is_latency(value: Any) -> bool:
-    sides = [sizes.get(side) for sizes in (value or {}).values() for side in ("before", "after")]
-    return isinstance(value, dict) and all(_is_number((side or {}).get("median_ms")) for side in sides)
-
-
-def _is_trajectory(value: Any) -> bool:
-    if value is None:
-        return True
-    frames, masks = value.get("step"), value.get("mean_mask")
-    if not isinstance(frames, list) or not isinstance(masks, dict):
-        return False
-    return all(len(part) == len(frames) for part in (value.get("ratio", ()), *masks.values()))
 
 
 def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run, ...], list[str]]:

@@ -260,7 +260,7 @@ def survivors(results: Results) -> Section:
 def _kept(group: Group, kinds: Sequence[str]) -> list[str]:
     cells = []
     for kind in kinds:
-        layers = figures.mean_kept(group, kind) if all(kind in r.data["widths"]["before"] for r in group.runs) else []
+        layers = figures.mean_kept(group, kind)
         text = " ".join(f"{share:.0f}" for share in layers)
         cells.append(f"{sum(layers) / len(layers):.2f} ({text})" if layers else NOTHING)
     return cells

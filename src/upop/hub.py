@@ -1,0 +1,78 @@
+"""Models of the Hub, downloaded to a local folder: what goes wrong on the way, in one line that says what to do.
+
+Must not read what is in the files, nor load a model.
+"""
+
+import re
+from pathlib import Path
+
+from upop.errors import ModelError
+from upop.folder import digest
+
+# No pickles, no code: only what loading reads.
+WANTED = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model*.safetensors",
+    "model*.index.json",
+)
+LOGIN = "log in with `hf auth login`"
+
+
+def fetch(name: str) -> Path:
+    """The local folder `name`, or the files of the model that the Hub calls so, from its cache where they are there.
+
+    Requests that fail are tried again, as huggingface_hub does it, for a minute or two. Raises ModelError.
+    """
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+    except HFValidationError:
+        raise ModelError(f"{name}: no such local folder, and no name that the Hub could know; check it") from None
+    except Exception as error:  # the network's, the server's, the disk's: each with an exception of its own
+        where = "offline, HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+        raise ModelError(
+            f"{name}: no such local folder, and not to be had from the Hub ({where}): {reason(error)}"
+        ) from error
+    for file in folder.glob("model*.safetensors"):
+        _check_digest(file)
+    return folder
+
+
+def reason(error: BaseException) -> str:
+    """What an error of huggingface_hub means, and what to do."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    response = getattr(cause, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(cause, errors.GatedRepoError):
+        return f"its owner gives access to those who ask; ask on its page there, then {LOGIN}"
+    if isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+        return f"there is none of that name, or it is private; check the name, or {LOGIN}"
+    if status == 429:
+        return f"it answers 429, too many requests; wait some minutes, or {LOGIN}"
+    if status is not None and status >= 500:
+        return f"it answers {status}; try again later, or give a local folder"
+    if isinstance(cause, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return "it is not in the cache; unset HF_HUB_OFFLINE, check the network, or give a local folder"
+    if getattr(cause, "errno", None) is not None:
+        return f"{_line(cause)}; free space, or set HF_HOME to a folder elsewhere"
+    return f"{_line(cause)}; check the network and try again, or give a local folder"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_digest(file: Path) -> None:
+    """Large files lie in the cache under their sha256: raise ModelError for what is not what it should be."""
+    blob = file.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and digest(blob) != blob.name:
+        raise ModelError(f"{file}: damaged on the way, its digest is not the Hub's; delete {blob} and try again")
