@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: env demo test check fmt clean
+.PHONY: env demo test check docs fmt clean
 
 env: $(READY)
 
@@ -32,10 +32,15 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+# A link or reference that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache docs/_build docs/generated

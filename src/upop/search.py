@@ -174,7 +174,7 @@ class Search:
         return list(self.masks.values.values()) if self.trains_masks else []
 
     def penalty(self) -> Tensor:
-        """Sparsity loss: sum over kinds of weight * sum |mask| (scalar, differentiable)."""
+        """Sparsity loss: `weight * sum |mask|`, summed over kinds (scalar, differentiable)."""
         return self._penalty.value()
 
     def step(self) -> None:
