@@ -6,9 +6,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from generate import command_reference, config_reference
+from generate import command_reference, config_reference  # noqa: E402
 
-import upop
+import upop  # noqa: E402
 
 project, author, copyright = "upop", "the upop authors", "the upop authors, Apache-2.0"
 release = version = upop.__version__

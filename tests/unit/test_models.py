@@ -53,7 +53,10 @@ def test_image_statistics_that_nobody_states_are_assumed_aloud(make_model, tmp_p
 def test_image_statistics_that_make_no_sense_are_refused(make_model, tmp_path, content):
     make_model().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"preprocessor_config\.json: (expected readable JSON, got .*; correct or remove it|expected 3 means)"):
+    with pytest.raises(
+        ModelError,
+        match=r"preprocessor_config\.json: (expected readable JSON, got .*; correct or remove it|expected 3 means)",
+    ):
         load_model(str(tmp_path))
 
 
