@@ -7,6 +7,7 @@ split, as they are; seeds choose the images. On one CPU core about half an hour:
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from common import write_json
 from torch import Tensor, nn
 
-from upop.compensate import How, Moments, input_moments, shift_, shifts
+from upop.compensate import How, Moments, cut_and_compensate_, input_moments
 from upop.data import Batches, ImageData, load_data
 from upop.families import find_structures
 from upop.models import LoadedModel, load_model
@@ -141,9 +142,9 @@ def variants(
     """The slimmed model with each compensation."""
     yield "none", slim(model, keep)
     for how in get_args(How):
-        small = slim(model, keep)
-        shift_(small, shifts(model, structures, keep, moments, how=how))
-        yield how, small
+        work = copy.deepcopy(model)
+        cut_and_compensate_(work, structures, keep, moments, how=how)
+        yield how, slim(work, keep)
 
 
 def show(args: argparse.Namespace, found: dict[Cell, list[float]], seconds: dict[str, list[float]]) -> None:

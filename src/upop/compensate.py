@@ -9,13 +9,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from upop.errors import ModelError, UpopError
-from upop.structures import Structure, dropped_blocks, linear
+from upop.structures import Structure, linear
 from upop.surgery import staying
 
 log = logging.getLogger(__name__)
@@ -36,19 +36,6 @@ class Moments:
     mean: Tensor
     variance: Tensor
     covariance: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Shift:
-    """What is added to a Linear of the slimmed model: float64, on the CPU.
-
-    Attributes:
-        weight: [O, K], or None.
-        bias: [O], or None.
-    """
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
 
 
 def input_moments(
@@ -119,70 +106,75 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def shifts(
+@torch.no_grad()
+def cut_and_compensate_(
     model: nn.Module,
     structures: Sequence[Structure],
     keep: Mapping[str, Tensor],
-    moments: Mapping[str, Moments],
+    moments: Mapping[str, Moments] | None = None,
     *,
     how: How = "least-squares",
     ridge: float = 1e-3,
-) -> dict[str, Shift]:
-    """Path of a consumer in the SLIMMED model -> what to add to it, for `model` cut by `keep`. `model` stays.
+) -> None:
+    """Set the units that go to 0, in place, and let the layers that read them make up for it, given `moments`.
+
+    The model keeps its size: `slim` of it by the same `keep` then has the same outputs. Once more with fewer units,
+    and what is 0 by now has nothing left to give.
 
     `mean`: the removed inputs' mean, through their columns, goes into the bias: of all biases the one with the least
     squared error of the consumer's output, at the images that `moments` are of (Variance-Based Pruning, ICCV 2025).
     Exact for units that are constant. A consumer without bias is left out, and the log says so.
 
     `least-squares`: bias and kept columns together have the least squared error (He et al., 2017, section 3.1); needs
-    covariances. `ridge` pulls the columns to those that slimming left: it is added to the covariance of the kept
+    covariances. `ridge` pulls the columns to those that were there: it is added to the covariance of the kept
     inputs, in units of their mean variance.
 
     Each consumer by itself, with the inputs that it has in `model`: the errors of several layers still add up. What
     head dims gave to the logits of attention (q and k), and what a dropped block gave, goes through no consumer and
-    is not put back. Shifts are 0 where `moments` are of a model with the removed units masked to 0: a progressive
+    is not put back. Nothing is added where `moments` are of a model with the removed units masked to 0: a progressive
     search leaves nothing to repair.
 
     Raises UpopError for an unknown `how`, and where the covariances it needs are missing.
     """
-    if how not in ("mean", "least-squares"):
-        raise UpopError(f"compensation: expected mean or least-squares, got {how!r}")
-    cut = staying(structures, keep)
-    dropped = dropped_blocks(structures, keep)
-    rows, columns = (_stays(cut, keep, side) for side in ("producers", "consumers"))
-    found: dict[str, Shift] = {}
-    for path, kept in columns.items():
+    if how not in get_args(How):
+        raise UpopError(f"compensation: expected {' or '.join(get_args(How))}, got {how!r}")
+    # Of blocks that go nothing reads anything any more.
+    for path, kept_I in _stays(staying(structures, keep), keep).items():
         module = linear(model, path)
-        if how == "mean" and not _has_bias(module):
-            log.warning("%s: has no bias to take up the mean of what is removed; left as it is", path)
-        elif not bool(kept.all()):
-            shift = _shift(module, path, kept, moments[path], how, ridge)
-            found[_moved(path, dropped)] = _rows_of(shift, rows.get(path))
-    return found
+        if not bool(kept_I.all()):
+            if moments is not None:
+                _shift_(module, path, kept_I, moments[path], how, ridge)
+            module.weight[:, ~kept_I.to(module.weight.device)] = 0.0
+    for s in structures:
+        for port in s.producers:
+            module, gone = linear(model, port.path), ~port.expand(keep[s.name].cpu())
+            for parameter in (module.weight, module.bias):
+                if parameter is not None:
+                    parameter[gone.to(parameter.device)] = 0.0
 
 
-@torch.no_grad()
-def shift_(small: nn.Module, found: Mapping[str, Shift]) -> None:
-    """Add what `shifts` found to the slimmed model, in place; summed in float64, rounded once."""
-    for path, shift in found.items():
-        module = linear(small, path)
-        for parameter, change in ((module.weight, shift.weight), (module.bias, shift.bias)):
-            if change is not None:
-                parameter.copy_(parameter.double().cpu() + change)
-
-
-def _shift(module: nn.Linear, path: str, kept_I: Tensor, moments: Moments, how: How, ridge: float) -> Shift:
-    weight_OI = module.weight.detach().double().cpu()
+def _shift_(module: nn.Linear, path: str, kept_I: Tensor, moments: Moments, how: How, ridge: float) -> None:
+    """Add to bias and kept columns; summed in float64, rounded once."""
+    weight_OI = module.weight.double().cpu()
+    lost_OR = weight_OI[:, ~kept_I]
     if how == "mean":
-        return Shift(bias=weight_OI[:, ~kept_I] @ moments.mean[~kept_I])
-    if moments.covariance is None:
-        raise UpopError(f"compensation: {path}: least-squares needs moments with covariance=True")
+        if not _has_bias(module):
+            log.warning("%s: has no bias to take up the mean of what is removed; left as it is", path)
+            return
+        shift_O = lost_OR @ moments.mean[~kept_I]
+    else:
+        if moments.covariance is None:
+            raise UpopError(f"compensation: {path}: least-squares needs moments with covariance=True")
+        second_II = moments.covariance
+        if not _has_bias(module):
+            # Nothing else takes up the means, so that columns have to: moments about 0.
+            second_II = second_II + torch.outer(moments.mean, moments.mean)
+        change_OK = lost_OR @ _regression(second_II, kept_I, ridge)
+        weight_OI[:, kept_I] += change_OK
+        module.weight.copy_(weight_OI)
+        shift_O = lost_OR @ moments.mean[~kept_I] - change_OK @ moments.mean[kept_I]
     if _has_bias(module):
-        change_OK = weight_OI[:, ~kept_I] @ _regression(moments.covariance, kept_I, ridge)
-        return Shift(change_OK, weight_OI[:, ~kept_I] @ moments.mean[~kept_I] - change_OK @ moments.mean[kept_I])
-    # No bias to take up the means, so that columns have to: moments about 0.
-    second = moments.covariance + torch.outer(moments.mean, moments.mean)
-    return Shift(weight_OI[:, ~kept_I] @ _regression(second, kept_I, ridge))
+        module.bias.copy_(module.bias.double().cpu() + shift_O)
 
 
 def _has_bias(module: nn.Linear) -> bool:
@@ -199,30 +191,11 @@ def _regression(second_II: Tensor, kept_I: Tensor, ridge: float) -> Tensor:
     return solved.T
 
 
-def _stays(
-    structures: Sequence[Structure], keep: Mapping[str, Tensor], side: Literal["producers", "consumers"]
-) -> dict[str, Tensor]:
-    """Path of a Linear -> which of its rows (producers) or columns (consumers) stay, bool."""
+def _stays(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Path of a consumer -> which of its columns stay, bool."""
     found: dict[str, Tensor] = {}
     for s in structures:
-        for port in s.producers if side == "producers" else s.consumers:
+        for port in s.consumers:
             wanted = port.expand(keep[s.name].cpu())
             found[port.path] = found[port.path] & wanted if port.path in found else wanted
     return found
-
-
-def _rows_of(shift: Shift, rows_O: Tensor | None) -> Shift:
-    """The rows of a shift that are left in a consumer whose own rows are units as well."""
-    if rows_O is None:
-        return shift
-    return Shift(*(None if change is None else change[rows_O] for change in (shift.weight, shift.bias)))
-
-
-def _moved(path: str, dropped: Sequence[str]) -> str:
-    """Where the module at `path` is once the blocks `dropped` are out of the lists they were in."""
-    parts = path.split(".")
-    for holder, _, index in (block.rpartition(".") for block in dropped):
-        depth = holder.count(".") + 1 if holder else 0
-        if parts[:depth] == holder.split(".")[:depth] and int(path.split(".")[depth]) > int(index):
-            parts[depth] = str(int(parts[depth]) - 1)
-    return ".".join(parts)

@@ -44,6 +44,7 @@ class PruneConfig(BaseModel):
         3, ge=0, description="search epochs; 0.5 is half an epoch, 0 one-shot: rank on a few batches, then slim"
     )
     rank_batches: int = Field(16, ge=1, description="batches that a one-shot ranking, and compensation, look at")
+    rank_rounds: int = Field(4, ge=1, description="of a one-shot ranking; each takes the same share of what is left")
     epochs_retrain: int | float = Field(5, gt=0, description="retraining epochs of the slimmed model")
     batch_size: int = Field(128, ge=1, description="images per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")

@@ -3,47 +3,77 @@
 Must not train, and writes nothing.
 """
 
+import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from upop.compensate import input_moments, shift_, shifts
+from upop.compensate import cut_and_compensate_, input_moments
 from upop.data import Augment
 from upop.families import find_structures
 from upop.methods import ONE_SHOT
 from upop.oneshot import rank
 from upop.plan import Plan, make_batches
 from upop.ranking import normalise, select
-from upop.structures import kept_widths, widths
+from upop.slim import slim
+from upop.structures import Structure, kept_widths, widths
+
+Labelled = Sequence[tuple[Tensor, Tensor]]
 
 
-def one_shot_keep(plan: Plan, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """What stays of `model` at the plan's target, ranked on a few batches of training images."""
+def one_shot(plan: Plan, accelerator: Accelerator, model: nn.Module) -> tuple[dict[str, Tensor], nn.Module]:
+    """What stays of `model` at the plan's target, ranked on a few batches of training images; and its slimmed twin.
+
+    In rounds, each of which takes the same share of what is left: what a unit is worth depends on which others are
+    there, so each round ranks anew, the model as the rounds before have left and compensated it. `model` stays.
+    """
     c = plan.config
     assert plan.target is not None, "a one-shot ranking has a target"
     cost = plan.analysis.costs[plan.target.currency]
-    budget = cost.dense - plan.left
-    structures = find_structures(model, plan.kinds)
-    scores = rank(model, structures, _calibration(plan, accelerator), score=ONE_SHOT[c.method], seed=c.seed)
-    slack = plan.target.slack(cost, budget)
-    scores = normalise(structures, scores, c.normalise or "zscore")
-    return select(structures, scores, budget, cost=cost, align=plan.align, slack=slack)
+    slack = plan.target.slack(cost, cost.dense - plan.left)
+    structures, images = find_structures(model, plan.kinds), _calibration(plan, accelerator)
+    work = copy.deepcopy(model)
+    keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
+    for number in range(1, c.rank_rounds + 1):
+        budget = cost.dense * (1 - (plan.left / cost.dense) ** (number / c.rank_rounds))
+        scores = rank(work, structures, images, score=ONE_SHOT[c.method], seed=c.seed)
+        scores = _first_the_gone(structures, scores, keep, c.normalise or "zscore")
+        keep = select(structures, scores, budget, cost=cost, align=plan.align, slack=slack)
+        _compensate_(work, structures, keep, plan, images)
+    return keep, slim(work, keep)
 
 
-def compensate_(
-    small: nn.Module, model: nn.Module, keep: Mapping[str, Tensor], plan: Plan, accelerator: Accelerator
+def compensated(plan: Plan, accelerator: Accelerator, model: nn.Module, keep: Mapping[str, Tensor]) -> nn.Module:
+    """The slimmed twin of `model`, which has no masks on, made up for what was cut where the plan says so."""
+    work, structures = copy.deepcopy(model), find_structures(model, plan.kinds)
+    _compensate_(work, structures, keep, plan, _calibration(plan, accelerator))
+    return slim(work, keep)
+
+
+def _compensate_(
+    work: nn.Module, structures: Sequence[Structure], keep: Mapping[str, Tensor], plan: Plan, images: Labelled
 ) -> None:
-    """Make up in `small` for what was cut out of `model`, which has no masks on, where the plan says so. In place."""
     how = plan.config.how_to_compensate
     if how == "none":
+        cut_and_compensate_(work, structures, keep)
         return
-    structures = find_structures(model, plan.kinds)
-    images = [batch for batch, _ in _calibration(plan, accelerator)]
-    moments = input_moments(model, structures, images, covariance=how == "least-squares")
-    shift_(small, shifts(model, structures, keep, moments, how=how))
+    moments = input_moments(work, structures, (batch for batch, _ in images), covariance=how == "least-squares")
+    cut_and_compensate_(work, structures, keep, moments, how=how)
+
+
+def _first_the_gone(
+    structures: Sequence[Structure], scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], how: str
+) -> dict[str, Tensor]:
+    """Scores, normalised over the units that are left; those that are gone come before all others."""
+    left = normalise(structures, {name: values[keep[name]] for name, values in scores.items()}, how)
+    return {
+        name: torch.full_like(values, torch.inf).masked_scatter_(keep[name], left[name])
+        for name, values in scores.items()
+    }
 
 
 def decided(plan: Plan, keep: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from upop import checkpoint, plots
 from upop.config import STAGES
-from upop.cutting import compensate_, decided, one_shot_keep
+from upop.cutting import compensated, decided, one_shot
 from upop.data import Augment, Batches
 from upop.errors import StopError, TrainingError
 from upop.folder import RunFolder, disk_errors, provenance, weights_hash
@@ -43,7 +43,6 @@ from upop.pretrained import save_pretrained
 from upop.profiling import count_params
 from upop.reading import taking_over
 from upop.search import Search
-from upop.slim import slim
 from upop.trace import TraceRecorder
 from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
 
@@ -240,22 +239,20 @@ class Stages:
         small = search.slim()
         with self.timed("evaluate"):
             self.masked = measure_masked(self.plan, self.accelerator, model, small)
-        if search.method.shrink == "once":
+        if search.method.shrink == "once" and c.how_to_compensate != "none":
             # What is cut is cut off the bare weights: those are what has to be made up for.
             search.detach()
-            compensate_(small, model, keep, self.plan, self.accelerator)
+            small = compensated(self.plan, self.accelerator, model, keep)
         return small
 
     def one_shot(self, model: nn.Module) -> nn.Module:
         """Rank on a few batches, without training, and slim; returns the slimmed twin of `model`."""
         c = self.plan.config
-        about = f"one-shot, {c.target}: rank on {c.rank_batches} batches, then slim"
+        about = f"one-shot, {c.target}: rank on {c.rank_batches} batches, {c.rank_rounds} times, then slim"
         self.observer.stage("search", about)
         log.info("search: %s", about)
         with self.timed("search"):
-            keep = one_shot_keep(self.plan, self.accelerator, model)
-            small = slim(model, keep)
-            compensate_(small, model, keep, self.plan, self.accelerator)
+            keep, small = one_shot(self.plan, self.accelerator, model)
         self.searched |= decided(self.plan, keep)
         return small
 

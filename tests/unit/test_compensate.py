@@ -8,7 +8,7 @@ import torch
 from family_models import make_hf, make_stand_in
 from torch.nn import functional as F
 
-from upop.compensate import Moments, input_moments, shift_, shifts
+from upop.compensate import Moments, cut_and_compensate_, input_moments
 from upop.errors import ModelError, UpopError
 from upop.families import find_structures
 from upop.masks import Masks
@@ -55,8 +55,10 @@ def inputs_of(model, path, batches):
 def compensated(model, keep, batches, how, **options):
     structures = find_structures(model)
     moments = input_moments(model, structures, batches, covariance=True)
-    small = slim(model, keep)
-    shift_(small, shifts(model, structures, keep, moments, how=how, **options))
+    whole = copy.deepcopy(model)
+    cut_and_compensate_(whole, structures, keep, moments, how=how, **options)
+    small = slim(whole, keep)
+    torch.testing.assert_close(outputs(small, batches[0]), outputs(whole, batches[0]), rtol=0, atol=1e-5)
     return small
 
 
@@ -183,10 +185,25 @@ def test_the_model_stays_as_it_was(model, images, random_keep, how):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_nothing_removed_is_nothing_shifted(model, images):
-    structures = find_structures(model)
-    keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
-    assert shifts(model, structures, keep, input_moments(model, structures, [images(2)]), how="mean") == {}
+@pytest.mark.parametrize("how", HOWS)
+def test_nothing_removed_changes_nothing(model, images, how):
+    keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in find_structures(model)}
+    pairs = zip(model.parameters(), compensated(model, keep, [images(2)], how).parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_is_gone_already_gives_nothing_more(model, images, random_keep, how):
+    """Cut in two rounds: the second has nothing to make up for but what goes in it."""
+    structures, batches = find_structures(model), [images(4)]
+    first = random_keep(structures)
+    whole = copy.deepcopy(model)
+    for _ in range(2):
+        moments = input_moments(whole, structures, batches, covariance=True)
+        before = copy.deepcopy(whole)
+        cut_and_compensate_(whole, structures, first, moments, how=how)
+    for (name, a), b in zip(whole.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_a_consumer_without_bias_takes_up_what_its_columns_can(make_model, images, random_keep, caplog):
@@ -196,30 +213,33 @@ def test_a_consumer_without_bias_takes_up_what_its_columns_can(make_model, image
     structures, batches = find_structures(model), [images(16)]
     keep = random_keep(structures)
     moments = input_moments(model, structures, batches, covariance=True)
+    mean, least = copy.deepcopy(model), copy.deepcopy(model)
     with caplog.at_level(logging.WARNING):
-        found = shifts(model, structures, keep, moments, how="mean")
-    assert path not in found
+        cut_and_compensate_(mean, structures, keep, moments, how="mean")
     assert caplog.messages == [f"{path}: has no bias to take up the mean of what is removed; left as it is"]
-    shift = shifts(model, structures, keep, moments, ridge=1e-9)[path]
-    assert shift.bias is None
     rows, weight = inputs_of(model, path, batches), model.get_submodule(path).weight.detach().double()
     kept = keep["mlp.0"]
+    assert torch.equal(mean.get_submodule(path).weight[:, kept].double(), weight[:, kept])
+    cut_and_compensate_(least, structures, keep, moments, ridge=1e-9)
+    assert least.get_submodule(path).bias is None
     best = torch.linalg.lstsq(rows[:, kept], rows @ weight.T).solution.T
-    torch.testing.assert_close(
-        rows[:, kept] @ (weight[:, kept] + shift.weight).T, rows[:, kept] @ best.T, atol=1e-3, rtol=0
-    )
+    found = least.get_submodule(path).weight[:, kept].detach().double()
+    torch.testing.assert_close(rows[:, kept] @ found.T, rows[:, kept] @ best.T, atol=1e-3, rtol=0)
 
 
-def test_after_a_dropped_block_the_shifts_are_where_the_later_blocks_moved_to(make_model, images, random_keep):
+def test_a_dropped_block_is_not_made_up_for_and_the_others_are(make_model, images, random_keep):
     model = make_model("vit", layers=3)
     structures = find_structures(model, ("attn", "mlp", "block"))
     keep = random_keep(structures) | {f"block.{n}": torch.tensor([n != 1]) for n in range(3)}
     moments = input_moments(model, structures, [images(4)])
-    found = shifts(model, structures, keep, moments, how="mean")
-    assert sorted(found) == [f"vit.layers.{n}.{end}" for n in (0, 1) for end in ("attention.o_proj", "mlp.fc2")]
-    lost = model.vit.layers[2].mlp.fc2.weight.double() * ~keep["mlp.2"]
-    torch.testing.assert_close(found["vit.layers.1.mlp.fc2"].bias, lost @ moments["vit.layers.2.mlp.fc2"].mean)
-    shift_(slim(model, keep), found)
+    whole = copy.deepcopy(model)
+    cut_and_compensate_(whole, structures, keep, moments, how="mean")
+    small = slim(whole, keep)
+    assert len(small.vit.layers) == 2
+    torch.testing.assert_close(outputs(small, images(2)), outputs(whole, images(2)), rtol=0, atol=1e-5)
+    fc2 = model.vit.layers[2].mlp.fc2
+    lost = (fc2.weight.double() * ~keep["mlp.2"]) @ moments["vit.layers.2.mlp.fc2"].mean
+    torch.testing.assert_close(small.vit.layers[1].mlp.fc2.bias.double(), fc2.bias.double() + lost, atol=1e-6, rtol=0)
 
 
 def test_structures_that_share_a_consumer_lose_each_column_once(make_model, images):
@@ -227,17 +247,15 @@ def test_structures_that_share_a_consumer_lose_each_column_once(make_model, imag
     structures = find_structures(model, ("head", "dims"))
     keep = {s.name: torch.arange(s.units) % 4 > 0 for s in structures}
     keep |= {s.name: torch.tensor([False, True]) for s in structures if s.kind == "head"}
-    small = slim(model, keep)
-    moments = input_moments(model, structures, [images(4)], covariance=True)
-    found = shifts(model, structures, keep, moments)
-    shift_(small, found)
     kept = torch.arange(64) >= 32
     kept &= torch.arange(64) % 4 > 0
-    assert found["vit.layers.0.attention.o_proj"].weight.shape == (64, int(kept.sum()))
-    lost = model.vit.layers[0].attention.o_proj.weight.double() * ~kept
-    means = moments["vit.layers.0.attention.o_proj"].mean
-    bias = shifts(model, structures, keep, moments, how="mean")["vit.layers.0.attention.o_proj"].bias
-    torch.testing.assert_close(bias, lost @ means)
+    moments = input_moments(model, structures, [images(4)], covariance=True)
+    path, whole = "vit.layers.0.attention.o_proj", copy.deepcopy(model)
+    o = model.get_submodule(path)
+    cut_and_compensate_(whole, structures, keep, moments, how="mean")
+    lost = (o.weight.double() * ~kept) @ moments[path].mean
+    torch.testing.assert_close(whole.get_submodule(path).bias.double(), o.bias.double() + lost, atol=1e-6, rtol=0)
+    assert torch.equal(whole.get_submodule(path).weight, o.weight * kept)
 
 
 def test_a_model_in_bfloat16_is_shifted_in_its_own_precision(make_model, images, random_keep):
@@ -259,9 +277,9 @@ def test_errors_say_what_is_missing(make_model, images, random_keep):
         input_moments(model, structures, [])
     light = input_moments(model, structures, [images(2)])
     with pytest.raises(UpopError, match=r"o_proj: least-squares needs moments with covariance=True"):
-        shifts(model, structures, keep, light)
+        cut_and_compensate_(copy.deepcopy(model), structures, keep, light)
     with pytest.raises(UpopError, match="compensation: expected mean or least-squares, got 'median'"):
-        shifts(model, structures, keep, light, how="median")
+        cut_and_compensate_(model, structures, keep, light, how="median")
     model.vit.layers[1].mlp.forward = lambda hidden: hidden
     with pytest.raises(ModelError, match=r"vit.layers.1.mlp.fc2: no image has reached it; .* torch.compile"):
         input_moments(model, structures, [images(2)])
@@ -273,6 +291,7 @@ def test_inputs_that_are_all_nothing_are_no_obstacle():
     structure = make_structure(layer, kind="mlp", layer=0, units=4, producers=[], consumers=[Port("")])
     nothing = Moments(*(torch.zeros(size, dtype=torch.float64) for size in (4, 4, (4, 4))))
     keep = {"mlp.0": torch.tensor([True, True, False, False])}
-    (shift,) = shifts(layer, [structure], keep, {"": nothing}).values()
-    assert torch.equal(shift.weight, torch.zeros(2, 2, dtype=torch.float64))
-    assert torch.equal(shift.bias, torch.zeros(2, dtype=torch.float64))
+    before = copy.deepcopy(layer)
+    cut_and_compensate_(layer, [structure], keep, {"": nothing})
+    assert torch.equal(layer.weight, before.weight * torch.tensor([1, 1, 0, 0]))
+    assert torch.equal(layer.bias, before.bias)

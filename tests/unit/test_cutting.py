@@ -1,0 +1,83 @@
+"""One-shot cuts in rounds: each round ranks what the rounds before have left, and the target is met."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from upop.config import make_config
+from upop.cutting import one_shot
+from upop.families import find_structures
+from upop.oneshot import rank
+from upop.plan import make_plan
+from upop.profiling import count_params
+from upop.ranking import select
+from upop.slim import slim
+from upop.targets import find_cost
+
+
+def planned(tmp_path, **options):
+    values = {"model": "deit-digits", "data": "digits", "batch_size": 32, "rank_batches": 2, "epochs_search": 0}
+    values |= {"stages": "search", "subset": 128, "out": str(tmp_path / "out"), **options}
+    return make_plan(make_config(values))
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model(pixel_values=x).logits
+
+
+def by_hand(model, images, rounds, left):
+    """Cut a really smaller model in every round, and rank that; its outputs tell which units stayed."""
+    dense, small = count_params(model), model
+    for number in range(1, rounds + 1):
+        structures = find_structures(small)
+        cost = find_cost(small, structures, "params")
+        budget = cost.dense - dense * left ** (number / rounds)
+        small = slim(small, select(structures, rank(small, structures, images), budget, cost=cost))
+    return small
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_rounds_rank_what_the_rounds_before_have_left(tmp_path, make_model, images, monkeypatch, rounds):
+    plan = planned(tmp_path, target="params=0.6", rank_rounds=rounds, compensate="none")
+    model = plan.loaded.model
+    seen = [(images(8, size=16, seed=seed), torch.arange(8) % 10) for seed in range(2)]
+    monkeypatch.setattr("upop.cutting._calibration", lambda *_: seen)
+    keep, small = one_shot(plan, Accelerator(cpu=True), model)
+    wanted = by_hand(model, seen, rounds, plan.left / plan.analysis.params_cost.dense)
+    torch.testing.assert_close(outputs(small, seen[0][0]), outputs(wanted, seen[0][0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs(slim(model, keep), seen[0][0]), outputs(small, seen[0][0]))
+
+
+def test_several_rounds_choose_other_units_than_one(tmp_path):
+    """Else the tests of rounds could not fail."""
+    kept = [one_shot_keep(planned(tmp_path, target="params=0.6", rank_rounds=n)) for n in (1, 3)]
+    assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+def one_shot_keep(plan):
+    return one_shot(plan, Accelerator(cpu=True), plan.loaded.model)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "params=0.7"},
+        {"target": "macs=0.6", "structures": "head,dims,mlp,block", "align": "mlp=8"},
+        {"target": "params=0.5", "structures": "qk,v,mlp", "normalise": "zscore", "compensate": "mean"},
+        {"target": "params=0.5", "method": "magnitude"},
+    ],
+)
+def test_the_target_is_met_and_the_model_stays_as_it_was(tmp_path, options):
+    plan = planned(tmp_path, rank_rounds=3, **options)
+    before = copy.deepcopy(plan.loaded.model.state_dict())
+    keep, _ = one_shot(plan, Accelerator(cpu=True), plan.loaded.model)
+    cost = plan.analysis.costs[plan.target.currency]
+    assert cost.dense - cost.removed(keep) == pytest.approx(plan.left, abs=0.01 * cost.dense)
+    assert all(torch.equal(value, before[name]) for name, value in plan.loaded.model.state_dict().items())
+    for s in find_structures(plan.loaded.model, plan.kinds):
+        lanes = keep[s.name].view(s.lanes, -1).sum(1)
+        assert lanes.unique().numel() == 1
+        assert s.kind != "mlp" or lanes[0] % plan.align.get("mlp", 1) == 0
