@@ -69,7 +69,7 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
         torch.manual_seed(seed)
         return LoadedModel(_build(shape), shape.image_size, shape.mean, shape.std, trained=False)
     from upop.hub import fetch
-    from upop.modeling import load
+    from upop.pretrained import load
 
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ModelError(
@@ -137,12 +137,13 @@ def _image_settings(
 
     Raises ModelError for models of other than square RGB images, and for a processor that cannot be read.
     """
-    size = model.config.image_size
+    vision = getattr(model.config, "vision_config", model.config)
+    size = vision.image_size
     size = size if isinstance(size, int) else size[0] if len(set(size)) == 1 else None
-    if size is None or model.config.num_channels != 3:
+    if size is None or vision.num_channels != 3:
         raise ModelError(
-            f"{name}: expected a model of square RGB images, got image_size {model.config.image_size} and "
-            f"{model.config.num_channels} channel(s)"
+            f"{name}: expected a model of square RGB images, got image_size {vision.image_size} and "
+            f"{vision.num_channels} channel(s)"
         )
     values = _processor_settings(folder)
     mean, std = values.get("image_mean"), values.get("image_std")

@@ -102,8 +102,8 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     analyze(loaded.model, kinds)  # refuses an unsupported model before any data is read
     if config.has("search") and not find_family(loaded.model).saves:
         raise ModelError(
-            f"{config.model}: slimmed models of the class {type(loaded.model).__name__} cannot be saved yet, only ViT "
-            "and DeiT can; prune it in a loop of your own with upop.Search"
+            f"{config.model}: slimmed models of the class {type(loaded.model).__name__} cannot be saved; prune it in "
+            "a loop of your own with upop.Search"
         )
     data = read_data(config, loaded.image_size)
     replace = config.has("dense") or not loaded.trained

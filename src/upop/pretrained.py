@@ -1,87 +1,41 @@
-"""Save and load: slimmed ViTs as ordinary Hugging Face folders (safetensors + config.json, nothing pickled).
+"""Save and load: slimmed models as ordinary folders (safetensors + config.json, nothing pickled).
 
-Holds the configs, which say how wide each layer is. The model classes live in
-`upop.modeling` and are imported on first need: transformers' model code takes two seconds to import.
+What slimmed Hugging Face models are, and what their config says, is in `upop.modeling_upop`, which goes with them.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
+import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, DeiTConfig, ViTConfig
 
+from upop import modeling_upop
 from upop.errors import ModelError
+from upop.hub import fetch
+from upop.modeling_upop import AUTO_CLASSES, CLASSIFIER, MODELS, Layer, find_layers, pruned_model, tell_apart_
+from upop.reading import read_json
+from upop.vetting import MOST_CONFIG, check_finite, check_shapes, vet
 
-
-@strict
-class PrunedViTConfig(ViTConfig):  # type: ignore[misc]
-    """A ViT with its own width in every layer; removed blocks are simply not among `num_hidden_layers`.
-
-    Attributes:
-        attn_widths: head dims left, one number a layer, each in [1, head_dim of the dense model]; None = dense.
-        value_widths: head dims of the values, where they are not those of queries and keys; None = attn_widths.
-        head_counts: heads left, each in [1, num_attention_heads]; None = all.
-        mlp_widths: hidden neurons left, one number a layer, each >= 1; None = dense.
-    """
-
-    model_type = "upop_vit"
-    attn_widths: list[int] | None = None
-    value_widths: list[int] | None = None
-    head_counts: list[int] | None = None
-    mlp_widths: list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        _prepare(self)
-
-
-@strict
-class PrunedDeiTConfig(DeiTConfig):  # type: ignore[misc]
-    """A DeiT with its own width in every layer; see PrunedViTConfig."""
-
-    model_type = "upop_deit"
-    attn_widths: list[int] | None = None
-    value_widths: list[int] | None = None
-    head_counts: list[int] | None = None
-    mlp_widths: list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        _prepare(self)
-
-
-PrunedConfig = PrunedViTConfig | PrunedDeiTConfig
-
-
-def _prepare(config: PrunedConfig) -> None:
-    """Check the widths, and make the model classes known: whoever holds a config is about to build a model."""
-    dense_head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    limits = {
-        "attn_widths": dense_head_dim,
-        "value_widths": dense_head_dim,
-        "head_counts": config.num_attention_heads,
-        "mlp_widths": config.intermediate_size,
-    }
-    for name, most in limits.items():
-        widths = getattr(config, name)
-        if widths is None:
-            continue
-        if len(widths) != config.num_hidden_layers or not all(1 <= w <= most for w in widths):
-            raise ModelError(
-                f"config.json: {name}: expected {config.num_hidden_layers} numbers in [1, {most}], got {widths}"
-            )
-    import upop.modeling  # noqa: F401 - registers the classes
+CODE = "modeling_upop.py"
+CLASSIFIERS = transformers.AutoModelForImageClassification
+# What a backbone brings or lacks that is of no matter to a classifier with a head of its own.
+NOT_OF_THE_BACKBONE = ("classifier", "pooler", "text_model", "text_projection", "visual_projection", "logit_")
 
 
 # `AutoConfig`, and through it the Auto model classes and pipelines, know slimmed models from here on.
-AutoConfig.register("upop_vit", PrunedViTConfig, exist_ok=True)
-AutoConfig.register("upop_deit", PrunedDeiTConfig, exist_ok=True)
+for _name in MODELS:
+    _config = getattr(modeling_upop, f"Pruned{_name}")
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
 
-def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+def save_pretrained(model: nn.Module, folder: str | Path, *, code: bool = True) -> None:
     """Write `model` to `folder` as config.json + model.safetensors.
+
+    With a slimmed model goes a small file of code (`code=False` leaves it out): where upop is not installed,
+    transformers runs it to load the folder, if told `trust_remote_code=True`. upop itself never does.
 
     Raises ModelError for a model that cannot save itself so, or where `folder` cannot be written.
     """
@@ -94,15 +48,127 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         raise ModelError(f"{folder}: expected a folder to write the model to, found a file")
     try:
         save(folder)
+        if not code:
+            _leave_out_code(Path(folder))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
 
 
-def from_pretrained(folder: str | Path) -> nn.Module:
-    """The image classifier in `folder` (or of that Hub name), slimmed or dense, in eval mode, on the CPU.
+def _leave_out_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CODE).unlink(missing_ok=True)
 
-    Strict: every weight must be there and fit. Remote code is never run. Raises ModelError otherwise.
+
+def adopt_(model: nn.Module) -> None:
+    """Turn a slimmed stock model into its pruned class, with a config that says its widths. In place.
+
+    Changing the class changes no computation: pruned classes differ in their constructor only.
     """
-    from upop.modeling import load
+    layers = find_layers(model)
+    for layer in layers:
+        tell_apart_(layer)
+    stock: Any = model
+    config = stock.config
+    vision = getattr(config, "vision_config", config)
+    if vision.num_hidden_layers != len(layers):
+        vision.num_hidden_layers = len(layers)
+        _forget_stages_(vision)
+    for name, widths in _widths(layers, vision.num_attention_heads).items():
+        setattr(config, name, widths)
+    pruned = _pruned_class(type(model))
+    config.__class__ = pruned.config_class
+    config.architectures = [pruned.__name__]
+    stock.__class__ = pruned
 
+
+def _widths(layers: list[Layer], dense_heads: int) -> dict[str, list[int] | None]:
+    """What the config of a slimmed model says about its layers."""
+    heads = [layer.heads for layer in layers]
+    queries = [layer.head_dim for layer in layers]
+    values = [layer.v.out_features // layer.heads for layer in layers]
+    return {
+        "attn_widths": queries,
+        "value_widths": values if values != queries else None,
+        "head_counts": heads if set(heads) != {dense_heads} else None,
+        "mlp_widths": [layer.out_of_hidden.in_features for layer in layers],
+    }
+
+
+def _forget_stages_(config: Any) -> None:
+    """Configs of models that may serve as backbones name a stage for each layer; back to the last one's features."""
+    if hasattr(config, "stage_names"):
+        config.stage_names = ["stem", *(f"stage{number}" for number in range(1, config.num_hidden_layers + 1))]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
+
+
+def _pruned_class(kind: Any) -> Any:
+    """The class that a slimmed model of class `kind` saves itself as; `kind`'s own methods stay in force."""
+    if kind.__module__ == modeling_upop.__name__:
+        return kind
+    base = next(c for c in kind.__mro__ if c.__name__ in AUTO_CLASSES)
+    pruned = pruned_model(base)
+    # A subclass of a user's keeps its forward in memory; the folder is one of the stock class.
+    return pruned if base is kind else type(pruned.__name__, (pruned, kind), {"__module__": pruned.__module__})
+
+
+def from_pretrained(folder: str | Path) -> nn.Module:
+    """The model in `folder` (or of that Hub name), slimmed or dense, in eval mode, on the CPU.
+
+    Image classifiers, and bare vision towers of the families that upop slims. Strict: every weight must be there and
+    fit. Code in the folder is never run. Raises ModelError otherwise.
+    """
     return load(str(folder))
+
+
+def load(source: str, *, new_head: bool = False) -> nn.Module:
+    """See `from_pretrained`; with `new_head` always a classifier, of which the folder may lack the head."""
+    folder = fetch(source)
+    promise = vet(folder)
+    values = read_json(folder / "config.json", finite=False, most=MOST_CONFIG)
+    if "auto_map" in values and values.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"{source}: model type {values.get('model_type')!r} is known to code in the folder alone, which upop "
+            "does not run; expected one that transformers or upop knows"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = _class_of(config, new_head=new_head)
+        with torch.device("meta"):
+            check_shapes(kind.from_config(config) if kind is CLASSIFIERS else kind(config), promise)
+        model, info = kind.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{source}: cannot load the model folder ({_first_line(error)})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem, ()))
+        if found := [name for name in names if not (new_head and any(part in name for part in NOT_OF_THE_BACKBONE))]:
+            raise ModelError(
+                f"{source}: {len(found)} {problem.replace('_', ' ')}, such as {found[0]}; the weights do not belong "
+                "to config.json, or the folder is no image classifier"
+            )
+    module: nn.Module = model
+    check_finite(module, source)
+    return module.eval()
+
+
+def _class_of(config: Any, *, new_head: bool) -> Any:
+    """The class, or Auto class, that builds what a folder with this config holds."""
+    name = next(iter(config.architectures or []), "")
+    if new_head or AUTO_CLASSES.get(name.removeprefix("Pruned"), CLASSIFIER) == CLASSIFIER:
+        return CLASSIFIERS
+    return getattr(modeling_upop if name.startswith("Pruned") else transformers, name)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -240,8 +240,9 @@ def _weights(model: nn.Module) -> Tensor:
 
 
 def _own_image_size(model: nn.Module) -> tuple[int, int]:
-    """(height, width) by `model.config.image_size`, which is one number or two."""
-    size: object = getattr(getattr(model, "config", None), "image_size", None)
+    """(height, width) by `model.config.image_size` (or its vision_config's), which is one number or two."""
+    config = getattr(model, "config", None)
+    size: object = getattr(getattr(config, "vision_config", config), "image_size", None)
     if isinstance(size, int):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:

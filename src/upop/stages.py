@@ -34,12 +34,11 @@ from upop.measure import (
     plain_batches,
     sizes,
 )
-from upop.modeling import load
 from upop.models import save_image_processor
 from upop.observer import Observer
 from upop.penalty import equal_sparsity
 from upop.plan import Plan, make_batches, set_attention
-from upop.pretrained import save_pretrained
+from upop.pretrained import load, save_pretrained
 from upop.profiling import count_params
 from upop.reading import taking_over
 from upop.search import Search

@@ -393,7 +393,7 @@ def load_libraries() -> None:
 
     import upop.animate
     import upop.benchrun
-    import upop.modeling
+    import upop.pretrained
     import upop.report.page
     import upop.run
     import upop.study

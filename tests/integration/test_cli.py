@@ -272,15 +272,41 @@ def test_the_demo_is_a_valid_run():
     assert config.stages == "dense,search,retrain"
 
 
-def test_a_model_whose_slimmed_form_cannot_be_saved_is_refused_before_any_training(refused, tmp_path):
+def save_dinov2(folder):
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     config = Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_labels=10
     )
-    Dinov2ForImageClassification(config).save_pretrained(tmp_path / "dino")
-    message = refused("prune", "--model", tmp_path / "dino", "--data", "digits", "--out", tmp_path / "out")
-    assert "slimmed models of the class Dinov2ForImageClassification cannot be saved yet" in message
+    Dinov2ForImageClassification(config).save_pretrained(folder)
+
+
+def test_other_families_than_vit_are_pruned_saved_and_evaluated(upop, tmp_path):
+    save_dinov2(tmp_path / "dino")
+    data = ("--data", "digits", "--subset", "300")
+    stages = ("--stages", "dense,search", "--epochs-dense", "0.5", "--epochs-search", "0", "--target", "macs=0.4")
+    code, _, message = upop("prune", "--model", "dino", *data, *stages, "--structures", "qk,v,mlp", "--out", "out")
+    assert code == 0, message
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["model_type"] == "upop_dinov2"
+    assert len(config["value_widths"]) == 2
+    code, text, _ = upop("eval", "out/model", *data)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert f"{100 * result['accuracy']['slim']['test']:.2f} %" in text
+    assert f"{result['params']['after']:,} parameters" in text
+
+
+def test_a_model_whose_slimmed_form_cannot_be_saved_is_refused_before_any_training(refused, tmp_path):
+    from upop.families import FAMILIES, Family, hf, register_family
+
+    before = list(FAMILIES)
+    register_family(Family("mine", hf.DINOV2.matches, hf.DINOV2.find))
+    try:
+        save_dinov2(tmp_path / "dino")
+        message = refused("prune", "--model", tmp_path / "dino", "--data", "digits", "--out", tmp_path / "out")
+        assert "slimmed models of the class Dinov2ForImageClassification cannot be saved" in message
+    finally:
+        FAMILIES[:] = before
 
 
 def test_resuming_takes_no_other_option(refused, tmp_path):

@@ -69,6 +69,21 @@ def test_a_backbone_without_a_head_will_do_where_a_new_head_is_trained(make_mode
     assert model(pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 4)
 
 
+def test_the_image_half_of_a_two_tower_model_will_do_too(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 128}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    whole = CLIPModel(CLIPConfig(vision_config=vision, text_config=sizes | {"vocab_size": 50}))
+    whole.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), new_head=True)
+    assert loaded.image_size == 32
+    fit_head_(loaded.model, tuple("abcd"), name="mine", replace=True)
+    assert loaded.model(pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 4)
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    assert torch.equal(loaded.model.get_parameter(name), whole.state_dict()[name])
+
+
 def test_models_of_grey_images_are_refused(make_model, tmp_path):
     make_model(num_channels=1).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"square RGB images, got image_size 32 and 1 channel"):

@@ -24,7 +24,7 @@ FRESH_PROCESS = """
 import json, sys
 from pathlib import Path
 import upop
-early = "upop.modeling" in sys.modules
+early = any(name.endswith("modeling_vit") for name in sys.modules)
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -99,7 +99,7 @@ def test_import_upop_does_not_import_transformers_model_code(fresh):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_pickled_is_in_the_folder(folders, name):
     files = sorted(path.name for path in (folders[0] / name).iterdir())
-    assert files == ["config.json", "model.safetensors"]
+    assert files == ["config.json", "model.safetensors", "modeling_upop.py"]
     config = json.loads((folders[0] / name / "config.json").read_text())
     assert (config["attn_widths"], config["mlp_widths"]) == ([19, 19], [153, 153])
 

@@ -41,7 +41,7 @@ def refuse_saving_(model: nn.Module) -> None:
 
 def _refuse_saving(name: str, *args: object, **kwargs: object) -> NoReturn:
     raise ModelError(
-        f"{name}: expected a slimmed model that a folder can describe (Hugging Face ViT or DeiT), got one of another "
+        f"{name}: expected a slimmed model that a folder can describe (see docs/families.md), got one of another "
         "family; save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
     )
 
@@ -70,17 +70,17 @@ class Family:
 
 
 def _adopt_hf_(model: nn.Module) -> None:
-    # On first need: transformers' model code takes two seconds to import.
-    from upop.modeling import adopt_
+    # On first need: families do not import transformers.
+    from upop.pretrained import adopt_
 
     adopt_(model)
 
 
 FAMILIES: list[Family] = [
     Family("Hugging Face ViT and DeiT", hf.VIT.matches, hf.VIT.find, _adopt_hf_),
-    Family("Hugging Face DINOv2", hf.DINOV2.matches, hf.DINOV2.find),
-    Family("Hugging Face CLIP and SigLIP vision towers", hf.CLIP.matches, hf.CLIP.find),
-    Family("Hugging Face BEiT", hf.BEIT.matches, hf.BEIT.find),
+    Family("Hugging Face DINOv2", hf.DINOV2.matches, hf.DINOV2.find, _adopt_hf_),
+    Family("Hugging Face CLIP and SigLIP vision towers", hf.CLIP.matches, hf.CLIP.find, _adopt_hf_),
+    Family("Hugging Face BEiT", hf.BEIT.matches, hf.BEIT.find, _adopt_hf_),
     Family("models of timm's VisionTransformer blocks", timm.matches, timm.find_structures),
 ]
 

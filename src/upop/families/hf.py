@@ -22,7 +22,8 @@ class Layout:
         blocks: paths that the list of blocks may have.
         since: the release of transformers that introduced these names.
         attention, out, scale: the block's attention, its output projection, its softmax scale.
-        allows: the finer kinds that the attention can be taken apart into, see `upop.kinds`.
+        allows: the finer kinds that the attention can be taken apart into, see `upop.kinds`. Values of another width
+            than queries need a forward of our own, see `upop.modeling_upop`.
     """
 
     classes: tuple[str, ...]
@@ -31,7 +32,7 @@ class Layout:
     attention: str = "attention"
     out: str = "o_proj"
     scale: str = "scaling"
-    allows: tuple[str, ...] = ("dims", "head")
+    allows: tuple[str, ...] = ("dims", "head", "qk", "v")
 
     def matches(self, model: nn.Module) -> bool:
         """True for transformers' own classes of these names, and for subclasses."""
@@ -78,8 +79,6 @@ VIT = Layout(
     ),
     blocks=("vit.layers", "deit.layers"),
     since="5.9",
-    # Values of another width need a forward of our own, see upop.modeling.
-    allows=("dims", "head", "qk", "v"),
 )
 DINOV2 = Layout(
     classes=(
@@ -111,5 +110,5 @@ BEIT = Layout(
     blocks=("beit.layers", "layers"),
     since="5.9",
     # Each head has position biases of its own, so that heads stay.
-    allows=("dims",),
+    allows=("dims", "qk", "v"),
 )
