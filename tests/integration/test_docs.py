@@ -21,6 +21,7 @@ from upop.analysis import analyze
 from upop.config import PruneConfig, make_config, parse_align
 from upop.methods import parse_kinds
 from upop.studyfile import find_study, load_study
+from upop.targets import Target
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")])
@@ -87,7 +88,8 @@ def check_upop(words):
     assert words[0] in COMMANDS, words
     values = COMMANDS[words[0]].make_context(words[0], list(words[1:])).params
     if words[0] == "prune" and values["resume"] is None:
-        make_config({name: v for name, v in values.items() if name in PruneConfig.model_fields and v is not None})
+        config = make_config({n: v for n, v in values.items() if n in PruneConfig.model_fields and v is not None})
+        assert config.open_ended or Target.parse(config.target)
     if words[0] == "analyze":
         parse_kinds(values["structures"])
         parse_align(values["align"])
@@ -203,6 +205,24 @@ def model_and_steps(make_model, images):
     return {"model": make_model("vit"), "steps": 10, "upop": upop}
 
 
+def slimmed_folder(make_model, images):
+    import transformers
+
+    import upop
+
+    model = make_model("vit")
+    search = upop.Search(model, target=upop.Target(params=0.5), steps=1)
+    model(images(2)).logits.sum().backward()
+    search.step()
+    upop.save_pretrained(search.slim(), "half")
+    size = {"height": 32, "width": 32}
+    Path("half/preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": size, "do_resize": True})
+    )
+    names = ("AutoModelForImageClassification", "pipeline")
+    return {"upop": upop} | {name: getattr(transformers, name) for name in names}
+
+
 def exported_model(make_model, images):
     import numpy as np
     from PIL import Image
@@ -217,7 +237,12 @@ def exported_model(make_model, images):
 
 # Pages whose blocks are alternatives, not one program.
 APART = ("README.md",)
-GIVEN = {"README.md": loop_of_ones_own, "docs/faster.md": model_and_steps, "docs/export.md": exported_model}
+GIVEN = {
+    "README.md": loop_of_ones_own,
+    "docs/faster.md": model_and_steps,
+    "docs/families.md": slimmed_folder,
+    "docs/export.md": exported_model,
+}
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
