@@ -32,15 +32,15 @@ from upop.train import FitOptions, Progress, evaluate, fit
 from upop.version import code_version
 
 SCHEMA = 1
-UPOP, ONE_SHOT, SCRATCH = "upop", "upop-one-shot", "scratch"
-SETTINGS = (UPOP, ONE_SHOT, *peers.SETTINGS, SCRATCH)
+UPOP, UPOP_ONCE, SCRATCH = "upop", "upop-one-shot", "scratch"
+SETTINGS = (UPOP, UPOP_ONCE, *peers.SETTINGS, SCRATCH)
 LATENCY_BATCHES = (1, 64)
 # What studies/claims.toml has, for everybody. The search's rate is not among the rates chosen from here.
 RECIPE: dict[str, Any] = {"optimizer": "adamw", "batch_size": 128, "lr_search": 5e-4}
 CHOICE_RATIO, CHOICE_SEED = 0.8, 100
 TAYLOR_BATCHES, TAYLOR_BATCH_SIZE = 50, 64  # the batches of Isomorphic Pruning, the batch size of Torch-Pruning
 PLAIN_STEPS = 24  # of ordinary training, for what a step costs without a search
-ONE_SHOT_BATCHES = 16  # to rank by and to compensate with, of the batch size of training
+ONE_SHOT = {"rank_batches": 16, "rank_rounds": 4}  # batches of the batch size of training, also to compensate with
 RETRAIN = 2  # position of retraining among upop's stages, which its batches are drawn by
 
 
@@ -83,7 +83,7 @@ def choice_of(setting: str) -> Job:
 def spec(job: Job, options: Options) -> dict[str, Any]:
     """What must be equal for a result to be the result of this job, as JSON gives it back."""
     how = dataclasses.asdict(peers.SETTINGS[job.setting]) if job.setting in peers.SETTINGS else None
-    how = {"rank_batches": ONE_SHOT_BATCHES} if job.setting == ONE_SHOT else how
+    how = ONE_SHOT if job.setting == UPOP_ONCE else how
     shared = dataclasses.asdict(options) | {"rates": list(options.rates)}
     # Folders are known by what is in them, wherever they lie.
     del shared["dense"]
@@ -101,7 +101,7 @@ def carry_out(job: Job, options: Options) -> dict[str, Any]:
         if job.rate is None:
             found = _choose(job, options, config)
         else:
-            found = (_upop if job.setting in (UPOP, ONE_SHOT) else _peer)(job, options, config)
+            found = (_upop if job.setting in (UPOP, UPOP_ONCE) else _peer)(job, options, config)
         about = provenance(torch.device("cpu"), _command(job, options))
     about["versions"] |= _torch_pruning_version()
     seconds = {"wall_seconds": time.monotonic() - began}
@@ -110,7 +110,7 @@ def carry_out(job: Job, options: Options) -> dict[str, Any]:
 
 def _config(job: Job, options: Options, out: str) -> PruneConfig:
     """The `upop prune` of this job; peers take their data, recipe and target from it too."""
-    one_shot = job.setting == ONE_SHOT
+    one_shot = job.setting == UPOP_ONCE
     return PruneConfig(
         model=options.dense,
         data=options.data,
@@ -119,7 +119,7 @@ def _config(job: Job, options: Options, out: str) -> PruneConfig:
         stages="search,retrain",
         epochs_search=0 if one_shot else options.epochs / 2,
         epochs_retrain=options.epochs if one_shot else options.epochs / 2,
-        rank_batches=ONE_SHOT_BATCHES,
+        **ONE_SHOT,
         lr_retrain=job.rate or options.rates[0],
         seed=job.seed,
         subset=options.subset,
@@ -249,7 +249,7 @@ def _upop(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
         "macs": result["macs"],
         "latency": {batch: {"dense": found["before"], "pruned": found["after"]} for batch, found in latency.items()},
         "memory": watch.memory,
-        "cpu_seconds": _one_shot_seconds(watch) if job.setting == ONE_SHOT else _search_seconds(watch, config),
+        "cpu_seconds": _one_shot_seconds(watch) if job.setting == UPOP_ONCE else _search_seconds(watch, config),
     }
 
 
@@ -317,7 +317,7 @@ class _Watch:
 
 def _choose(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
     """Prune once, retrain with each rate; the rate with the best validation accuracy. Test is not read."""
-    small, bench = _searched(config) if job.setting in (UPOP, ONE_SHOT) else _pruned(job, config)
+    small, bench = _searched(config) if job.setting in (UPOP, UPOP_ONCE) else _pruned(job, config)
     epochs = options.epochs / 2 if job.setting == UPOP else options.epochs
     found = {}
     for rate in options.rates:

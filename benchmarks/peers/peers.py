@@ -20,19 +20,28 @@ import peer_report
 import peer_runs
 from filelock import FileLock, Timeout
 from peer_pruners import SETTINGS
-from peer_runs import ONE_SHOT, UPOP, Job, Options
+from peer_runs import UPOP, UPOP_ONCE, Job, Options
 
 from upop.folder import write_whole
 from upop.version import code_version
 
 DEFAULT_SETTINGS = (
-    *(UPOP, ONE_SHOT, "magnitude", "magnitude-global", "taylor", "taylor-isomorphic", "taylor-round8", "taylor-embed"),
+    *(
+        UPOP,
+        UPOP_ONCE,
+        "magnitude",
+        "magnitude-global",
+        "taylor",
+        "taylor-isomorphic",
+        "taylor-round8",
+        "taylor-embed",
+    ),
 )
 SMOKE: dict[str, Any] = {
     "out": Path("runs/peers-smoke"),
     "ratios": [0.8],
     "seeds": [0],
-    "settings": [UPOP, ONE_SHOT, "taylor"],
+    "settings": [UPOP, UPOP_ONCE, "taylor"],
     "subset": 512,
     "rates": [1e-3, 2e-3],
     "latency_seconds": 0.05,

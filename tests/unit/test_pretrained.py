@@ -219,7 +219,10 @@ BAD = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "only pickled weights": (pickle_weights, "model.safetensors"),
     "truncated weights": (truncate, "Safetensor"),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"bad/config\.json: expected readable JSON, got .*; copy the folder again"),
+    "config is no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        r"bad/config\.json: expected readable JSON, got .*; copy the folder again",
+    ),
     "unknown model type": (edit_config(model_type="upop_vitt"), "upop_vitt"),
     "too few widths": (edit_config(attn_widths=[3]), r"attn_widths.*expected 2 numbers in \[1, 32\], got \[3\]"),
     "width too large": (edit_config(attn_widths=[3, 33]), r"attn_widths.*\[1, 32\], got \[3, 33\]"),
