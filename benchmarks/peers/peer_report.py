@@ -25,9 +25,9 @@ FAIRNESS = (
     "Equal for all: dense model, data and split, batch size, optimizer (AdamW), augmentation, number of training "
     "epochs in all, and the way to a learning rate for retraining: the best on validation of the same few, at 80 % "
     "with another seed. upop spends half of the epochs searching and half retraining; Torch-Pruning does not train "
-    "while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked four times on 16 batches without "
-    "training, least-squares compensation). The learning rate of upop's search is the claims study's, found on the "
-    "same dense model before."
+    "while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked four times on 16 "
+    "batches without training, least-squares compensation). The learning rate of upop's search is the claims study's, "
+    "found on the same dense model before."
 )
 LIMITS = (
     "One model, one data set and short runs. The spread is over seeds of search and retraining from one dense model. "
