@@ -32,6 +32,7 @@ myst_heading_anchors = 3
 # Docstrings are plain text with code in single backticks.
 default_role = "code"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True

@@ -1,7 +1,7 @@
 """Reference pages made of the program itself: its commands and their options, and the keys of a configuration."""
 
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -50,7 +50,7 @@ def _has(metadata: object, key: str) -> bool:
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
-    if get_origin(annotation) is UnionType:
+    if get_origin(annotation) in (Union, UnionType):
         kinds = [part for part in get_args(annotation) if part is not NoneType]
         return "number" if float in kinds else _kind(kinds[0])
     return PLAIN.get(annotation, "text")

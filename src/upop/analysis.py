@@ -33,7 +33,8 @@ class Analysis:
     """Structures of a model and the range of targets it can meet. `str()` is a table for people.
 
     Attributes:
-        model: class name; family: name of its family.
+        model: class name.
+        family: name of its family.
         structures: in layer order.
         costs: per currency, `params`, `macs` where the model says how large its images are, `latency` where a table
             is given.
