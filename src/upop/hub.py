@@ -9,8 +9,9 @@ from pathlib import Path
 from upop.errors import ModelError
 from upop.folder import digest
 
-# No pickles, no code: only what loading reads.
+# No pickles, no code: only what loading reads, and the card, for its licence.
 WANTED = (
+    "README.md",
     "config.json",
     "preprocessor_config.json",
     "processor_config.json",

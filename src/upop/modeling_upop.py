@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Vision Transformer that UPop has pruned: transformers' own model, with layers of widths of their own.
 
 Stands alone, on torch and transformers; must not import upop. Saved models carry this file, so that they load where

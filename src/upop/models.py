@@ -55,6 +55,7 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     trained: bool  # False: random weights
+    folder: Path | None = None  # that it was loaded from
     notes: tuple[str, ...] = ()  # what was assumed and a reader of the results should know
 
 
@@ -80,7 +81,7 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
     folder = fetch(name)
     model = load(str(folder), new_head=new_head).float()
     size, mean, std, notes = _image_settings(name, model, folder)
-    return LoadedModel(model, size, mean, std, trained=True, notes=notes)
+    return LoadedModel(model, size, mean, std, trained=True, folder=folder, notes=notes)
 
 
 def _build(shape: Shape) -> nn.Module:

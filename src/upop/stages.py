@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from upop import checkpoint, plots
+from upop.card import CARD, find_parent, model_card
 from upop.config import STAGES
 from upop.cutting import compensated, decided, one_shot
 from upop.data import Augment, Batches
@@ -131,6 +132,9 @@ class Stages:
             if self.folder.main:
                 with disk_errors(self.folder.path / name):
                     draw(result, self.folder.path / name)
+        parent = find_parent(self.plan.config.model, self.plan.loaded.folder)
+        card = model_card(result, parent, name=self.folder.path.resolve().name)
+        self.folder.write_text(f"model/{CARD}", card)
         self.folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
         self.folder.remove("last-good")
         self.folder.remove(CHECKPOINTS)

@@ -294,6 +294,12 @@ def test_other_families_than_vit_are_pruned_saved_and_evaluated(upop, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert f"{100 * result['accuracy']['slim']['test']:.2f} %" in text
     assert f"{result['params']['after']:,} parameters" in text
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f"| {result['params']['before']:,} | {result['params']['after']:,} |" in card
+    assert "a model of one's own (`dino`)" in card
+    code, _, message = upop("push", "out", "me/half")
+    assert (code, message.count("\n")) == (2, 1)
+    assert "me/half: out/model could not be uploaded: HF_HUB_OFFLINE is set" in message
 
 
 def test_a_model_whose_slimmed_form_cannot_be_saved_is_refused_before_any_training(refused, tmp_path):

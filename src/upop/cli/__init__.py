@@ -13,7 +13,7 @@ import typer
 
 from upop import __version__
 from upop.allocator import keep_freed_memory
-from upop.cli import bench, export, studies
+from upop.cli import bench, export, push, studies
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import PruneConfig, load_config, make_config, parse_align
 from upop.errors import StopError, UpopError
@@ -244,6 +244,7 @@ def demo(
 
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
+app.command("push")(push.push)
 app.command("study")(studies.study)
 app.command("report")(studies.report)
 app.command("animate")(studies.animate)
