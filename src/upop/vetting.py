@@ -79,8 +79,8 @@ def check_shapes(model: nn.Module, promise: Promise) -> None:
     head = sum(count for name, count in parameters if any(head in name for head in HEADS))
     if body > promise.numbers or head > max(promise.numbers, 2**28):
         raise ModelError(
-            f"{promise.folder}: config.json describes {body + head:,} parameters, the weights are {promise.numbers:,}; they "
-            "do not belong together; save the model again"
+            f"{promise.folder}: config.json promises {body + head:,} parameters, the weights are {promise.numbers:,}; "
+            "they do not belong together; save the model again"
         )
 
 
