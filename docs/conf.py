@@ -31,6 +31,8 @@ myst_heading_anchors = 3
 
 # Docstrings are plain text with code in single backticks.
 default_role = "code"
+# `--option` stays two hyphens outside code, too.
+smartquotes = False
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
