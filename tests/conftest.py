@@ -1,7 +1,7 @@
 """Tiny random models and slow references for all tests. Nothing is downloaded."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +31,16 @@ def _one_thread() -> None:
 def _no_precision_is_left_behind() -> None:
     """Accelerate's state is the process's: whoever makes the first one decides precision and device for all others."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_family_is_left_behind() -> Iterator[None]:
+    """A family that a test registers is the process's too."""
+    from upop.families import FAMILIES
+
+    before = list(FAMILIES)
+    yield
+    FAMILIES[:] = before
 
 
 @pytest.fixture(scope="session")

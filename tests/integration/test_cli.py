@@ -237,7 +237,7 @@ def test_a_truncated_model_is_refused(refused, tmp_path, make_model):
     make_model("vit").save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "cut: cannot load the model folder" in refused("analyze", "cut")
+    assert "cut/model.safetensors: damaged or cut short" in refused("analyze", "cut")
 
 
 def test_a_loss_that_breaks_ends_in_one_line_with_the_step(upop, tmp_path):
@@ -303,16 +303,12 @@ def test_other_families_than_vit_are_pruned_saved_and_evaluated(upop, tmp_path):
 
 
 def test_a_model_whose_slimmed_form_cannot_be_saved_is_refused_before_any_training(refused, tmp_path):
-    from upop.families import FAMILIES, Family, hf, register_family
+    from upop.families import Family, hf, register_family
 
-    before = list(FAMILIES)
     register_family(Family("mine", hf.DINOV2.matches, hf.DINOV2.find))
-    try:
-        save_dinov2(tmp_path / "dino")
-        message = refused("prune", "--model", tmp_path / "dino", "--data", "digits", "--out", tmp_path / "out")
-        assert "slimmed models of the class Dinov2ForImageClassification cannot be saved" in message
-    finally:
-        FAMILIES[:] = before
+    save_dinov2(tmp_path / "dino")
+    message = refused("prune", "--model", tmp_path / "dino", "--data", "digits", "--out", tmp_path / "out")
+    assert "slimmed models of the class Dinov2ForImageClassification cannot be saved" in message
 
 
 def test_resuming_takes_no_other_option(refused, tmp_path):
