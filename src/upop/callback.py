@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from upop.drive import Drive, check_options
 from upop.errors import ModelError, UpopError
@@ -38,7 +39,8 @@ class SearchCallback(TrainerCallback):  # type: ignore[misc]
 
     The search lasts all of `train()`. The Trainer's own model keeps its size, its weights and the masks: what is to be
     saved is `slim()`, not `trainer.save_model()`. Every checkpoint of the Trainer also holds the search, and
-    `train(resume_from_checkpoint=...)` goes on with it. The logged loss is the task's alone, without the penalty.
+    `train(resume_from_checkpoint=...)` goes on with it. The logged loss is the task's alone, without the penalty;
+    `upop_ratio` and `upop_params` (parameters left) are logged with it, to all of the Trainer's `report_to`.
 
     With `max_drop` or `tolerance`, accuracies come from the Trainer's evaluation, which is asked for where one is due:
     `TrainingArguments(eval_on_start=True)`, an `eval_dataset` and `compute_metrics` are needed, and the last `checks`
@@ -83,6 +85,7 @@ class SearchCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Build the search on the Trainer's model; take up that of the checkpoint, where one is resumed."""
         _refuse(args, state)
+        _go_first(self)
         model = kwargs["model"]
         if self._drive is not None:
             self._drive.search.detach()
@@ -122,7 +125,8 @@ class SearchCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for an evaluation where the search needs an accuracy."""
+        """Ask for an evaluation where the search needs an accuracy. Raises UpopError where it has missed a step."""
+        self._driven().check(state.global_step)
         if self._driven().search.needs_accuracy:
             control.should_evaluate = True
 
@@ -136,9 +140,10 @@ class SearchCallback(TrainerCallback):  # type: ignore[misc]
             self._drive.search.observe(float(metrics[self._metric]))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the ratio in force, as a fraction of the prunable parameters, to what is logged and kept."""
+        """Add the ratio in force, of what is prunable, and the parameters left to what is logged and kept."""
         if self._drive is not None:
-            entry = {"upop_ratio": round(self._drive.search.ratio, 6)}
+            search = self._drive.search
+            entry = {"upop_ratio": round(search.ratio, 6), "upop_params": search.params_left}
             kwargs["logs"].update(entry)
             if state.log_history:
                 state.log_history[-1].update(entry)
@@ -206,6 +211,22 @@ def _refuse(args: TrainingArguments, state: TrainerState) -> None:
         )
     if state.is_hyper_param_search:
         raise UpopError("SearchCallback: cannot be used in hyperparameter_search(); call train() for each setting")
+
+
+def _go_first(callback: TrainerCallback) -> None:
+    """Give `callback` its turn before the Trainer's reporters, which send what is in the logs when theirs comes.
+
+    The Trainer puts its own callbacks first and does not tell them of each other: whoever is calling is found on the
+    stack. Another Trainer than transformers' keeps its order, and the ratio stays in its log history alone.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            # A new list: the handler is going through the old one.
+            handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+            return
+        frame = frame.f_back
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -129,7 +129,9 @@ class PruneConfig(BaseModel):
     latency_seconds: float = Field(5.0, gt=0, description="time to measure latency, per batch size")
     compile: bool = Field(False, description="torch.compile the model")
     workers: int = Field(2, ge=0, description="decoding processes, for data sets too large for memory")
-    tracker: str | None = Field(None, description="also log to tensorboard, wandb, ... (through Accelerate)")
+    tracker: str | None = Field(
+        None, description="also log to tensorboard, wandb, mlflow, trackio, ...; several: tensorboard,wandb"
+    )
 
     @field_validator("stages")
     @classmethod

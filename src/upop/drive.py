@@ -38,16 +38,20 @@ class Drive:
         masks = search.trained_masks()
         self._optimizer = torch.optim.AdamW(masks, lr=self._lr_mask, weight_decay=0.0) if masks else None
 
-    def step(self, *, rate: float = 1.0, scale: float = 1.0, skipped: bool = False) -> None:
+    def step(self, *, rate: float = 1.0, scale: float = 1.0, skipped: bool | None = False) -> None:
         """Take in the gradients of one optimizer step, then re-decide what is due.
 
         Args:
             rate: the loop's learning rate as a fraction of its peak.
             scale: by which the loop has multiplied its loss (a GradScaler's).
             skipped: the gradients overflowed and the loop took no step: it counts, and adds nothing to the scores.
+                None where the loop does not tell: those of the masks then do.
         """
         if self.search.steps_done < self.search.steps:
-            for mask in self.search.masks.values.values():
+            masks = self.search.masks.values.values()
+            if skipped is None:
+                skipped = not all(bool(mask.grad.isfinite().all()) for mask in masks if mask.grad is not None)
+            for mask in masks:
                 if mask.grad is not None and skipped:
                     mask.grad.zero_()
                 elif mask.grad is not None and scale != 1:
@@ -64,15 +68,20 @@ class Drive:
             self._optimizer.step()
             self._optimizer.zero_grad()
 
-    def end(self, taken: int) -> None:
-        """At the end of a training of `taken` optimizer steps: raise UpopError where the search did not see them."""
+    def check(self, taken: int) -> None:
+        """After `taken` optimizer steps of the loop: raise UpopError where the search did not see them all."""
         search = self.search
         if search.steps_done < min(taken, search.steps):
             raise UpopError(
-                f"SearchCallback: {taken} optimizer steps were taken and the search saw {search.steps_done} of them; "
+                f"SearchCallback: optimizer steps taken: {taken}, seen by the search: {search.steps_done}; "
                 "this trainer does not call its callbacks around optimizer.step(): call Search.step() in a loop of "
                 "your own"
             )
+
+    def end(self, taken: int) -> None:
+        """At the end of a training of `taken` optimizer steps: as `check`, and say where the search is not over."""
+        self.check(taken)
+        search = self.search
         if not search.done:
             log.warning(
                 "SearchCallback: training ended after %d of %d steps of the search; resume it, or call "

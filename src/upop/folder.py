@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MARK = ".upop-run"  # says that a run of upop made the folder
 FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
-# `upop` holds what some trackers write.
-FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints", "upop")
+FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints")
+TRACKED = "upop"  # what some trackers write: theirs to clear, since they begin before the folder is claimed
 
 
 def is_main_process() -> bool:
@@ -63,7 +63,7 @@ class RunFolder:
             raise UpopError(f"out {self.path}: cannot be written, no permission for {parent}; choose another folder")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        known = {MARK, *FILES, *FOLDERS}
+        known = {MARK, TRACKED, *FILES, *FOLDERS}
         foreign = [p.name for p in self.path.iterdir() if p.name not in known and not p.name.endswith(".partial")]
         if foreign or not (self.path / MARK).exists():
             what = sorted(foreign)[0] if foreign else "files"

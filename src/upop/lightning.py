@@ -36,7 +36,7 @@ class SearchCallback(Callback):  # type: ignore[misc]
 
     The search lasts all of `fit`. The module's own model keeps its size, its weights and the masks: what is to be
     saved is `slim()`. Lightning's checkpoints hold the search, and `fit(ckpt_path=...)` goes on with it. The logged
-    loss is the task's alone; the ratio in force is logged as `upop_ratio`.
+    loss is the task's alone; `upop_ratio`, in force, and `upop_params`, left, go to Lightning's loggers.
 
     Args:
         target: what to remove; None with a `threshold`. `max_drop` and `tolerance` are refused: Lightning cannot be
@@ -99,8 +99,17 @@ class SearchCallback(Callback):  # type: ignore[misc]
         group = optimizer.param_groups[0]
         peak = group.get("initial_lr", group["lr"])
         drive = self._driven()
-        drive.step(rate=float(group["lr"] / peak) if peak else 1.0)
+        # The plugin has taken the scale out of the optimizer's gradients; it does not know those of masks.
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        drive.step(
+            rate=float(group["lr"] / peak) if peak else 1.0,
+            scale=1.0 if scaler is None else float(scaler.get_scale()),
+            skipped=False if scaler is None else None,
+        )
         pl_module.log("upop_ratio", drive.search.ratio)
+        # Counting waits for the device: as often as the loggers are told.
+        if (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
+            pl_module.log("upop_params", float(drive.search.params_left))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise UpopError where the search was not called at every step."""
@@ -126,11 +135,6 @@ def _refuse(trainer: Trainer) -> None:
         raise UpopError(
             f"SearchCallback: expected the whole model in every process (one device or DDP), got "
             f"{type(trainer.strategy).__name__}; set strategy='ddp'"
-        )
-    if str(trainer.precision) == "16-mixed":
-        raise UpopError(
-            "SearchCallback: under 16-mixed, steps whose gradients overflow cannot be told apart; set precision to "
-            "'bf16-mixed' or '32-true'"
         )
     if len(trainer.optimizers) != 1:
         raise UpopError(f"SearchCallback: expected one optimizer, got {len(trainer.optimizers)}")

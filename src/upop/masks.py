@@ -24,6 +24,12 @@ class _MaskedForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias
+        if input.device != weight.device:
+            # A replica holds this very object, and with it the weights and masks of the original.
+            raise ModelError(
+                f"masked Linear: its weights are on {weight.device}, its input on {input.device}; nn.DataParallel "
+                "copies a model without its masks: use DistributedDataParallel, one process per GPU (torchrun)"
+            )
         # In the weights' own precision: a float32 scale would lift bfloat16 weights out of the model's dtype.
         rows = torch.ones((), dtype=weight.dtype, device=weight.device)
         for mask_U, port in self.terms:
@@ -54,7 +60,7 @@ class Masks:
             mask = self.values[s.name]
             for port in s.producers:
                 module = linear(model, port.path)
-                _refuse_foreign_forward(module, port.path)
+                _refuse_foreign(module, port.path)
                 forwards.setdefault(port.path, _MaskedForward(module, [])).terms.append((mask, port))
         self._forwards = list(forwards.values())
         for forward in self._forwards:
@@ -83,8 +89,13 @@ class Masks:
             mask.copy_(values[name])
 
 
-def _refuse_foreign_forward(module: nn.Module, path: str) -> None:
+def _refuse_foreign(module: nn.Module, path: str) -> None:
     if "forward" in module.__dict__:
         raise ModelError(
             f"{path}: its forward is already replaced (another search, or a library's hook); detach that first"
+        )
+    if hasattr(module.weight, "full_tensor"):
+        raise ModelError(
+            f"{path}: expected a whole weight in every process, got a DTensor (fully_shard, tensor parallelism); use "
+            "DistributedDataParallel"
         )

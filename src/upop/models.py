@@ -181,9 +181,24 @@ def _is_three_numbers(value: Any) -> bool:
 
 def save_image_processor(folder: Path, loaded: LoadedModel) -> None:
     """Write the preprocessor_config.json that makes pipelines treat images as training did."""
+    _own_processor(loaded).save_pretrained(folder)
+
+
+def image_processor(name: str, loaded: LoadedModel) -> Any:
+    """What turns pictures into the model's pixels: the processor that comes with it, or one as training would."""
+    # Not from the top of transformers, whose import of it wants torchvision before 5.18.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError):
+        return _own_processor(loaded)
+
+
+def _own_processor(loaded: LoadedModel) -> Any:
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     side = {"height": loaded.image_size, "width": loaded.image_size}
-    ViTImageProcessorPil(
+    return ViTImageProcessorPil(
         size=side, image_mean=list(loaded.mean), image_std=list(loaded.std), resample=3, do_convert_rgb=True
-    ).save_pretrained(folder)
+    )

@@ -34,6 +34,7 @@ from upop.slim import slim
 from upop.structures import Structure
 from upop.targets import TOLERANCE, Target, amount
 from upop.timing import measure_latency_table
+from upop.tracking import parse_trackers
 from upop.train import count_steps
 from upop.version import code_version
 
@@ -96,6 +97,7 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     way.
     """
     given, device = config, device_type(config.device)
+    parse_trackers(config.tracker)
     target = None if config.open_ended else Target.parse(config.target)
     loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
     kinds = tuple(config.structures.split(","))
@@ -247,19 +249,18 @@ def _uniform_keep(structures: Sequence[Structure], cost: Cost, budget: float) ->
 
 
 def make_accelerator(config: PruneConfig) -> Accelerator:
-    """Accelerate for a resolved configuration. Raises UpopError for an unknown tracker."""
+    """Accelerate for a resolved configuration. Raises UpopError for a tracker that cannot be used."""
     # Accelerate keeps its settings per process; a second run may want others.
     AcceleratorState._reset_state()
     try:
         return Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no",
             cpu=config.device == "cpu",
-            log_with=config.tracker,
+            log_with=list(parse_trackers(config.tracker)) or None,
             project_dir=config.out,
         )
     except (ValueError, ImportError) as error:
-        what = f"tracker {config.tracker!r}: cannot be used" if config.tracker else "Accelerate cannot be set up"
-        raise UpopError(f"{what} ({error}); install it or leave it out") from error
+        raise UpopError(f"Accelerate cannot be set up ({error})") from error
 
 
 def make_batches(

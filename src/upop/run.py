@@ -3,6 +3,7 @@
 Must not print, and leaves the work to `stages`.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,11 +92,19 @@ def _carry_out(plan: Plan, observer: Observer, command: str | None, state: Mappi
     folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
     run = Stages(plan, folder, accelerator, observer, command or own_command())
     run.training_batches(0)  # refuses what cannot be batched before the folder is touched
-    if state is None:
-        folder.claim(plan.config.to_toml())
-    accelerator.wait_for_everyone()
-    with folder.log_file(), run.keeper.listening():
-        log.info("%s on %s, %s: steps %s", config.model, config.data, config.target, dict(plan.steps))
+    with contextlib.closing(run.tracking):
+        # Before the folder is touched too: a tracker may want a login.
+        run.tracking.start(plan.config.model_dump(), None if state is None else state.get("trackers", {}))
+        if state is None:
+            folder.claim(plan.config.to_toml())
+        accelerator.wait_for_everyone()
+        return _in_folder(run, state)
+
+
+def _in_folder(run: Stages, state: Mapping[str, Any] | None) -> Result:
+    config = run.plan.given
+    with run.folder.log_file(), run.keeper.listening():
+        log.info("%s on %s, %s: steps %s", config.model, config.data, config.target, dict(run.plan.steps))
         try:
             if state is not None:
                 run.restore(state)

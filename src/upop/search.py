@@ -7,12 +7,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from upop.costs import params_cost
 from upop.criteria import random_scores, weight_norms
 from upop.errors import TargetError, TrainingError, UpopError, nearest
 from upop.families import find_structures
@@ -41,8 +42,15 @@ log = logging.getLogger(__name__)
 GradientOrder = Literal["paper", "authors"]
 
 CHECK_EVERY = 20  # steps between two looks at whether gradients on an accelerator are finite
+MOST_OVERFLOWS = 100  # steps in a row: a GradScaler halves its scale at each
 # No open-ended search goes further than this fraction of the prunable cost.
 OPEN_LIMIT = 0.95
+
+
+class Scaler(Protocol):
+    """What a search wants of a torch.amp.GradScaler."""
+
+    def get_scale(self) -> float: ...
 
 
 class Search:
@@ -54,8 +62,9 @@ class Search:
         optimizer.step(); search.step(); optimizer.zero_grad()
 
     `search.step()` may stand on either side of `optimizer.step()`: mask gradients are collected during backward, with
-    the weights of that moment. At the end of a progressive search every mask is exactly 0 or 1, and `slim()` changes
-    no output. Methods that cut `once` have no such end: what `slim()` returns is then another function.
+    the weights of that moment. Under float16 a GradScaler multiplies them: `search.step(scaler)`, before
+    `scaler.update()`. At the end of a progressive search every mask is exactly 0 or 1, and `slim()` changes no output.
+    Methods that cut `once` have no such end: what `slim()` returns is then another function.
 
     Args:
         model: any model of a known family; its parameters, names and, at the start, outputs are untouched.
@@ -125,6 +134,7 @@ class Search:
             {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds} if sparsity is None else dict(sparsity)
         )
         self.cost = find_cost(model, self.structures, "params" if target is None else target.currency, latency)
+        self._params = params_cost(model, self.structures)
         check_goal(target, self.method, threshold=threshold, max_drop=max_drop, tolerance=tolerance)
         if not self.method.unified and not self.cost.additive:
             raise TargetError(
@@ -148,7 +158,7 @@ class Search:
         self._device = next(iter(self.masks.storage))
         self._scores = self._per_unit(torch.float64, 0.0)
         self._keep = self._per_unit(torch.bool, True)
-        self._failed = torch.zeros((), dtype=torch.bool, device=self._device)
+        self._failed = torch.zeros((), dtype=torch.int64, device=self._device)  # steps, not yet complained of
         self._penalty = Penalty(self.masks, self.structures, self.sparsity, trained=self.trains_masks)
         if self.trains_masks:
             for mask in self.masks.values.values():
@@ -169,6 +179,12 @@ class Search:
         """Whether `observe` must be called before the next `step`: at the start and at every check."""
         return self.growth is not None and self.growth.due(self.steps_done)
 
+    @property
+    def params_left(self) -> int:
+        """Parameters of the model without the units that are out of favour now; reading it waits for the device."""
+        kept = torch.stack([self._keep[s.name].double().mean() for s in self.structures])
+        return round(float(self._params.of(kept)))
+
     def trained_masks(self) -> list[Tensor]:
         """Mask values [U] that belong into the optimizer, without weight decay; empty for most methods."""
         return list(self.masks.values.values()) if self.trains_masks else []
@@ -177,11 +193,13 @@ class Search:
         """Sparsity loss: `weight * sum |mask|`, summed over kinds (scalar, differentiable)."""
         return self._penalty.value()
 
-    def step(self) -> None:
+    def step(self, scaler: Scaler | None = None) -> None:
         """Take in the mask gradients of the last backward(s) and, when due, re-decide all masks.
 
-        Call once per optimizer step. Steps after the last one change nothing.
-        Raises UpopError when no backward has run or an accuracy is due, TrainingError when a gradient is not finite.
+        Call once per optimizer step. Steps after the last one change nothing. With the GradScaler that has scaled the
+        loss, its scale is taken out again, and a step whose gradients overflowed counts and adds nothing.
+        Raises UpopError when no backward has run or an accuracy is due, TrainingError when a gradient is not finite;
+        with a scaler, when none has been for MOST_OVERFLOWS steps.
         """
         if self.steps_done >= self.steps:
             self.masks.gradients()
@@ -192,7 +210,7 @@ class Search:
                 "needs_accuracy is True"
             )
         if not self.trains_masks:
-            self._take_gradients()
+            self._take_gradients(1.0 if scaler is None else float(scaler.get_scale()), scaled=scaler is not None)
         last = self.steps_done == self.steps - 1
         checked = self.growth is not None and self.growth.due(self.steps_done + 1)
         due = checked or self.steps_done % self.interval == 0
@@ -310,8 +328,8 @@ class Search:
             return removable(self.cost, self.align) / self.cost.prunable
         return uniform_limit(self.structures, self.cost, self.align)
 
-    def _take_gradients(self) -> None:
-        """Add this step's gradients to the scores, in float64."""
+    def _take_gradients(self, scale: float, *, scaled: bool) -> None:
+        """Add this step's gradients to the scores, in float64; where they were scaled, only if they are finite."""
         found = self.masks.gradients()
         if found is None:
             raise UpopError(
@@ -319,24 +337,27 @@ class Search:
                 "loss.backward(), with the model in use being the one given to Search"
             )
         gradients = self._split(_mean_over_processes([found[s.name].to(self._device) for s in self.structures]))
-        gradients = self._penalty.add_gradients(gradients)
-        self._failed |= ~torch.cat(list(gradients.values())).isfinite().all()
-        # Asking an accelerator waits for it: seldom is soon enough, since what is not finite stays so in the scores.
+        gradients = {name: g / scale for name, g in self._penalty.add_gradients(gradients).items()}
+        failed = ~torch.cat(list(gradients.values())).isfinite().all()
+        # Not finite stays so in the scores, unless it is kept out of them.
+        self._failed = torch.where(failed, self._failed + 1, 0 if scaled else self._failed)
+        # Asking an accelerator waits for it: seldom is soon enough.
         if self._device.type == "cpu" or self.steps_done % CHECK_EVERY == 0 or self.steps_done == self.steps - 1:
-            self._check_finite()
+            self._check_finite(MOST_OVERFLOWS if scaled else 1)
         if self.method.score == "taylor":
             values = {name: mask.detach().to(self._device) for name, mask in self.masks.values.items()}
             gradients = {name: (values[name] * g).abs() for name, g in gradients.items()}
         elif self.gradient_order == "paper":
             gradients = normalise(self.structures, gradients, self.normalise)
         for name, value in gradients.items():
-            self._scores[name] += value
+            self._scores[name] += torch.where(failed, 0.0, value) if scaled else value
 
-    def _check_finite(self) -> None:
-        if bool(self._failed):
+    def _check_finite(self, most: int) -> None:
+        if int(self._failed) >= most:
             self._failed.zero_()
             where = f"{'at' if self._device.type == 'cpu' else 'by'} step {self.steps_done + 1}"
-            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite {where}")
+            lasting = f" for {most} steps, whatever the scale of the loss," if most > 1 else ""
+            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite{lasting} {where}")
 
     def _per_unit(self, dtype: torch.dtype, value: float) -> dict[str, Tensor]:
         """Structure name -> [U] of one value."""

@@ -5,6 +5,7 @@ Must not print: whoever watches does so through an Observer.
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import math
@@ -44,6 +45,7 @@ from upop.profiling import count_params
 from upop.reading import taking_over
 from upop.search import Search
 from upop.trace import TraceRecorder
+from upop.tracking import Tracking, final_numbers
 from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 2
 CHECKPOINTS = "checkpoints"
 METRICS_EVERY = 50  # optimizer steps
+PICTURES = {"widths.png": plots.widths, "stages.png": plots.stages}
 Result = dict[str, Any]
 
 
@@ -71,6 +74,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.keeper = checkpoint.Keeper(self.folder.path / CHECKPOINTS, self.plan.config.checkpoint_minutes)
+        self.tracking = Tracking(self.accelerator, self.folder.path)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -97,6 +101,7 @@ class Stages:
             "notes": self.notes,
             "seconds": self.seconds,
             "latency": self.plan.latency and self.plan.latency.to_dict(),
+            "trackers": self.tracking.state(),
             "metrics_size": self.folder.size("metrics.jsonl"),
             "fit": None,
             **more,
@@ -118,8 +123,6 @@ class Stages:
     def all(self) -> Result:
         """Train, measure and write; result.json comes last: a folder that has one is a run that is complete."""
         began = time.monotonic() - self.seconds.get("all", 0.0)
-        if self.plan.config.tracker:
-            self.accelerator.init_trackers("upop", config=self.plan.config.model_dump())
         models = self.train()
         final = list(models.values())[-1]
         if not self.passed("retrain"):
@@ -128,10 +131,11 @@ class Stages:
         result = self.measure(models, final)
         self.seconds["all"] = time.monotonic() - began
         result |= {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
-        for name, draw in (("widths.png", plots.widths), ("stages.png", plots.stages)):
+        for name, draw in PICTURES.items():
             if self.folder.main:
                 with disk_errors(self.folder.path / name):
                     draw(result, self.folder.path / name)
+        self.track(result)
         parent = find_parent(self.plan.config.model, self.plan.loaded.folder)
         card = model_card(result, parent, name=self.folder.path.resolve().name)
         self.folder.write_text(f"model/{CARD}", card)
@@ -140,6 +144,14 @@ class Stages:
         self.folder.remove(CHECKPOINTS)
         self.accelerator.end_training()
         return result
+
+    def track(self, result: Result) -> None:
+        """Tell the trackers what came out; what they then fail at is the last that the result can say of them."""
+        end = sum(self.plan.steps.values())
+        self.tracking.log("result", final_numbers(result), end)
+        self.tracking.pictures([self.folder.path / name for name in PICTURES], end)
+        self.tracking.close()
+        result["warnings"] += self.tracking.warnings
 
     def train(self) -> dict[str, nn.Module]:
         """Run the configured stages; the models as they are after each, on the device."""
@@ -223,6 +235,7 @@ class Stages:
             hook=hook,
             teacher=teacher,
             more=lambda: {"search": search.state_dict(), "trace": trace.state_dict()},
+            params=lambda: search.params_left,
         )
         assert search.done, "a search must take all its steps"
         if self.folder.main:
@@ -275,8 +288,12 @@ class Stages:
         hook: Hook | None = None,
         teacher: nn.Module | None = None,
         more: Callable[[], Mapping[str, Any]] = dict,
+        params: Callable[[], int] | None = None,
     ) -> None:
-        """Train one stage, with its metrics, progress, checkpoints (`more` goes into them) and last good weights."""
+        """Train one stage, with its metrics, progress, checkpoints (`more` goes into them) and last good weights.
+
+        `params` tells how many parameters are left, where the model's own do not.
+        """
         c, hook = self.plan.config, hook or NoHook()
         assert epochs is not None and lr is not None, "the configuration is resolved"  # noqa: PT018
         options = FitOptions(
@@ -298,18 +315,20 @@ class Stages:
         log.info("%s: %s; %s", stage, about, options)
         validation = plain_batches(self.plan, self.plan.data.validation, self.accelerator)
         last: list[Progress] = []
+        left = params or functools.partial(count_params, model)
 
         def report(progress: Progress) -> None:
             last[:] = [progress]
             self.observer.progress(progress)
             if progress.step % METRICS_EVERY == 0:
-                self.metrics(stage, progress)
+                self.metrics(stage, progress, params=left())
 
         def epoch_end(number: int) -> None:
             score = evaluate({stage: model}, validation, accelerator=self.accelerator, autocast=True)[stage]
             if not math.isfinite(score.loss):
                 raise TrainingError(f"the validation loss is not finite after epoch {number}; lower the learning rate")
-            self.metrics(stage, last[0], validation_accuracy=score.accuracy, validation_loss=score.loss)
+            found = {"validation_accuracy": score.accuracy, "validation_loss": score.loss}
+            self.metrics(stage, last[0], params=left(), **found)
             self.observer.epoch(number, score.accuracy)
             log.info("%s: epoch %d of %s, validation accuracy %.4f", stage, number, epochs, score.accuracy)
             # During the search the weights mean nothing without their masks: what was good is the dense model.
@@ -378,7 +397,7 @@ class Stages:
         # Trackers want steps that only grow.
         earlier = list(self.plan.steps)[: list(self.plan.steps).index(stage)]
         step = progress.step + sum(self.plan.steps[name] for name in earlier)
-        self.accelerator.log({f"{stage}/{k}": v for k, v in values.items()}, step=step)
+        self.tracking.log(stage, values, step)
 
     def measure(self, models: dict[str, nn.Module], final: nn.Module) -> Result:
         """Everything that result.json says but the seconds."""

@@ -28,7 +28,10 @@ SHOWING = {
     "study",
     "studyfile",
     "trace",
+    "tracking",
     "version",
+    "view",
+    "viewserver",
 }
 
 

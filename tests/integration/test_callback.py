@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -170,6 +171,22 @@ def test_the_ratio_is_in_the_trainers_logs(model, trainer):
     assert (len(ratios), ratios[0], ratios[-1]) == (STEPS, 0.0, 0.5)
 
 
+def test_ratio_and_parameters_left_reach_the_trainers_trackers(model, trainer, tmp_path):
+    dense = count(model)
+    callback = SearchCallback(target=HALF)
+    running = trainer(model, callback, report_to=["tensorboard"])
+    running.train()
+    [file] = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    told = {name: [e.value for e in events.Scalars(f"train/upop_{name}")] for name in ("ratio", "params")}
+    kept = [entry for entry in running.state.log_history if "upop_ratio" in entry]
+    assert told["ratio"] == pytest.approx([entry["upop_ratio"] for entry in kept])
+    assert told["params"] == [entry["upop_params"] for entry in kept]
+    assert told["params"][0] == dense
+    assert told["params"][-1] == count(callback.slim())
+    assert told["params"] == sorted(told["params"], reverse=True)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -262,10 +279,10 @@ class Silent(Trainer):
         return super()._inner_training_loop(*args, **kwargs)
 
 
-def test_a_trainer_that_does_not_call_its_callbacks_is_found_out(model, tmp_path):
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
+def test_a_trainer_that_does_not_call_its_callbacks_is_found_out_at_once(model, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=50, use_cpu=True, report_to=[], save_strategy="no")
     silent = Silent(model, arguments, train_dataset=Stream(), callbacks=[SearchCallback(target=HALF)])
-    with pytest.raises(upop.UpopError, match="2 optimizer steps were taken and the search saw 0 of them"):
+    with pytest.raises(upop.UpopError, match="optimizer steps taken: 1, seen by the search: 0"):
         silent.train()
 
 

@@ -127,6 +127,7 @@ def test_prune_ends_with_a_table_and_eval_agrees(upop, tmp_path):
         (["prune", *QUICK, "--batch-size", "many"], "options: batch_size: .*integer.*got 'many'"),
         (["prune", *QUICK, "--epoch-search", "3"], "epoch-search.*epochs-search"),
         (["prune", *QUICK, "--tracker", "tensorbord"], "tracker 'tensorbord'"),
+        (["prune", *QUICK, "--tracker", "tensorbord", "--dry-run"], "did you mean 'tensorboard'"),
         (["prune", *QUICK, "--config", "absent.toml"], "absent.toml: cannot be read"),
         (["prune", "--model", "deit-digits", "--data", "cifar11"], "cifar11.*cifar10"),
         (["eval", "deit-digits", "--data", "digits", "--split", "tset"], "--split: expected validation or test"),

@@ -1,6 +1,7 @@
 """The Lightning callback; and the three loops (Trainer, Lightning, plain or Accelerate) decide the same."""
 
 import copy
+import csv
 import logging
 
 import pytest
@@ -12,6 +13,8 @@ import upop
 
 pytest.importorskip("lightning.pytorch")
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 
 from upop.lightning import SearchCallback
 
@@ -156,6 +159,32 @@ def test_precision_accumulation_and_clipping_end_in_a_model_of_half_the_size(opt
     sizes = [sum(p.numel() for p in m.parameters()) for m in (callback.slim(), model)]
     assert sizes[0] == pytest.approx(sizes[1] / 2, rel=0.02)
     assert float(trainer.callback_metrics["upop_ratio"]) == pytest.approx(callback.search.ratio)
+
+
+def test_ratio_and_parameters_left_reach_lightnings_loggers(model, fit, tmp_path):
+    callback = SearchCallback(target=HALF)
+    fit(model, callback, logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    [file] = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) == STEPS // 2
+    assert float(rows[-1]["upop_ratio"]) == pytest.approx(callback.search.ratio)
+    assert float(rows[-1]["upop_params"]) == sum(p.numel() for p in callback.slim().parameters())
+    assert float(rows[0]["upop_params"]) > float(rows[-1]["upop_params"])
+
+
+@pytest.mark.parametrize("start", [2.0**14, 2.0**120])
+def test_float16_decides_as_if_there_were_no_scale_and_overflows_add_nothing(start, model, fit):
+    """With the scale so large, the first steps overflow, are skipped and count."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=start, growth_interval=1000, backoff_factor=2.0**-60)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    callback = SearchCallback(target=HALF)
+    trainer = fit(model, callback, plugins=[plugin])
+    assert (callback.search.steps_done, trainer.global_step) == (STEPS, STEPS)
+    assert (scaler.get_scale() < start) == (start > 2.0**100)
+    scores = callback.search.state_dict()["scores"]
+    assert all(score.isfinite().all() for score in scores.values())
+    assert any(score.any() for score in scores.values())
+    assert sum(p.numel() for p in callback.slim().parameters()) < 0.52 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", ["upop", "unified"])

@@ -170,18 +170,6 @@ def test_a_model_at_chance_is_a_warning_in_the_result(tmp_path):
     assert any("dense: validation accuracy" in line and "at chance" in line for line in result["warnings"])
 
 
-def test_a_tracker_gets_the_same_numbers(tmp_path):
-    config = {
-        **QUICK,
-        "stages": "dense",
-        "epochs_dense": 1,
-        "tracker": "tensorboard",
-        "out": str(tmp_path / "tracked"),
-    }
-    prune(make_config(config))
-    assert list((tmp_path / "tracked").rglob("events.out.tfevents*"))
-
-
 def test_distillation_accumulation_and_every_augmentation_run(tmp_path):
     options = {"distill": 0.5, "accumulate": 3, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.2, "color": 0.3}
     config = {**QUICK, **options, "epochs_dense": 1, "epochs_search": 1, "epochs_retrain": 1}

@@ -38,6 +38,7 @@ ALLOWED = {
     "targets": {"errors", "structures", "costs", "latency", "methods", "ranking"},
     "search": {
         "structures",
+        "costs",
         "errors",
         "families",
         "masks",

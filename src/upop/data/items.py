@@ -235,6 +235,11 @@ def _shown(image: Image.Image) -> tuple[int, int]:
     return (width, height) if lies else (height, width)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image as RGB, turned as its EXIF says."""
+    return _rgb(ImageOps.exif_transpose(image))
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip instead of scale
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8

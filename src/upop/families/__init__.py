@@ -95,6 +95,8 @@ def find_family(model: nn.Module) -> Family:
     for family in FAMILIES:
         if family.matches(model):
             return family
+    if (inside := _wrapped(model)) is not None:
+        raise ModelError(f"{type(model).__name__}: expected the model itself, got a wrapper of it; {inside}")
     raise ModelError(
         f"{type(model).__name__}: unsupported model; expected one of: {', '.join(f.name for f in FAMILIES)} "
         f"(classification); unsupported modules: {_modules_with_weights(model)}{_advice(model)}"
@@ -121,6 +123,22 @@ def _modules_with_weights(model: nn.Module) -> str:
             count[kind] += 1
     shown = [f"{kind} x{count[kind]} ({first[kind]})" for kind in list(first)[:6]]
     return ", ".join(shown) + (", ..." if len(first) > 6 else "") if shown else "none with weights"
+
+
+def _wrapped(model: nn.Module) -> str | None:
+    """What to pass in place of a wrapper that training puts around a model; None where there is none."""
+    if isinstance(model, nn.DataParallel):
+        return (
+            "nn.DataParallel copies the model without its masks: use DistributedDataParallel, one process per GPU "
+            "(torchrun), and pass its .module"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return "pass its .module, and train through the wrapper as before"
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return "pass the model that was compiled (its ._orig_mod), and train through the compiled one as before"
+    if type(model).__name__ == "FullyShardedDataParallel":
+        return "FSDP spreads each weight over processes: use DistributedDataParallel, and pass its .module"
+    return None
 
 
 def _advice(model: nn.Module) -> str:
