@@ -3,6 +3,7 @@
 Accelerate speaks to them. Must not let one end a run: a tracker that fails is left out from then on.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -76,8 +77,11 @@ class Tracking:
         try:
             self._accelerator.init_trackers(TRACKED, config=dict(config), init_kwargs={**names, **(go_on or {})})
         except Exception as error:  # whatever their libraries raise
-            self.close()
-            if self._accelerator.is_main_process:
+            for tracker in self._trackers:
+                with contextlib.suppress(Exception):  # those that have not begun cannot end
+                    tracker.finish()
+            self._accelerator.trackers = []
+            if go_on is None and self._accelerator.is_main_process:
                 shutil.rmtree(self._folder if new else place, ignore_errors=True)
             which = ", ".join(str(tracker) for tracker in self._accelerator.log_with)
             raise UpopError(f"tracker {which}: cannot start ({_short(error)}); log in, or leave it out") from error

@@ -168,6 +168,14 @@ def test_a_run_that_is_taken_up_again_goes_on_with_its_trackers_runs(stand_in, t
         prune(make_config({**QUICK, "tracker": "wandb", "out": str(folder)}), observer=Stops())
     assert kind.made[0].options == {"name": "half"}
     assert kind.made[0].ended == 1, "or the next run in this process would go on with it"
+    logs = folder / "upop"
+    logs.mkdir()
+    kind.fails = ("start",)
+    with pytest.raises(UpopError, match="tracker wandb: cannot start"):
+        resume(folder)
+    assert logs.is_dir(), "what an earlier process has logged stays"
+    kind.fails = ()
+    kind.made.pop()
     resume(folder)
     assert kind.made[1].options == {"id": "run-7", "resume": "allow"}
     assert "dense/loss" in kind.made[0].numbers

@@ -13,7 +13,7 @@ import typer
 
 from upop import __version__
 from upop.allocator import keep_freed_memory
-from upop.cli import bench, export, push, studies
+from upop.cli import bench, export, push, studies, view
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import PruneConfig, load_config, make_config, parse_align
 from upop.errors import StopError, UpopError
@@ -242,6 +242,7 @@ def demo(
     print_promises(result)
 
 
+app.command("view")(view.view)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("push")(push.push)
