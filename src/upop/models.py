@@ -190,7 +190,7 @@ def image_processor(name: str, loaded: LoadedModel) -> Any:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return _own_processor(loaded)
 

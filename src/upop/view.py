@@ -4,7 +4,6 @@ Must not know HTTP, and writes nothing.
 """
 
 import io
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,18 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from upop.data import MemorySplit, load_data
-from upop.data.items import one_line, upright
+from upop.data.items import MOST_PIXELS, one_line, upright
 from upop.errors import DataError, ModelError, UpopError
 from upop.families import find_structures
 from upop.folder import weights_hash
 from upop.models import LoadedModel, image_processor, load_model
 from upop.plots import KIND_LABELS
 from upop.profiling import count_macs, count_params, time_in_turns
+from upop.reading import read_json
 from upop.structures import widths
 
 TOP = 5
 MOST_BYTES = 32 * 2**20  # of an uploaded file
-MOST_PIXELS = 64_000_000  # of the image in it
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 SAMPLES = 12
 # Kinds of the same units, whose bars have one scale.
@@ -103,8 +102,8 @@ def _of_run(path: Path) -> dict[str, Path]:
 
 def _start(path: Path) -> Path | None:
     """The model folder that a run began from, where it trained no dense model of its own."""
-    config = _result(path).get("config") or {}
-    start = Path(str(config.get("model", "")))
+    config = _result(path).get("config")
+    start = Path(str(config.get("model", "")) if isinstance(config, dict) else "")
     return start if (start / "config.json").is_file() else None
 
 
@@ -115,10 +114,9 @@ def _hint(path: Path) -> str:
 
 def _result(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(run / "result.json")
+    except (OSError, UpopError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -152,7 +150,7 @@ def _accuracy(folder: Path) -> float | None:
             return float(stages["dense"]["test"])
         last = [found for found in stages.values() if "test" in found][-1]
         return float(last["test"]) if result["weights"] == weights_hash(folder) else None
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -171,7 +169,7 @@ def read_image(data: bytes) -> Image.Image:
         width, height = image.size
         if width * height > MOST_PIXELS:
             raise DataError(
-                f"expected at most {MOST_PIXELS // 10**6} megapixels, got {width:,} x {height:,} pixels; shrink it"
+                f"expected at most {MOST_PIXELS // 2**20} megapixels, got {width:,} x {height:,} pixels; shrink it"
             )
         with image:
             return upright(image)

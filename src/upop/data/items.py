@@ -138,7 +138,7 @@ def decode(items: Items, index: int, size: Size) -> Pixels:
 
 
 def _pixels(image: Image.Image, size: int | None) -> Pixels:
-    rgb = _rgb(ImageOps.exif_transpose(image))
+    rgb = upright(image)
     if size is not None:
         rgb = _centre(rgb, size)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
