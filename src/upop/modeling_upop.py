@@ -27,8 +27,11 @@ from torch import Tensor, nn
 # Config class -> auto class -> model classes; which of several it is, `architectures` in config.json says.
 CLASSIFIER, TOWER = "AutoModelForImageClassification", "AutoModel"
 MODELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "ViTConfig": {CLASSIFIER: ("ViTForImageClassification",)},
-    "DeiTConfig": {CLASSIFIER: ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")},
+    "ViTConfig": {CLASSIFIER: ("ViTForImageClassification",), TOWER: ("ViTModel",)},
+    "DeiTConfig": {
+        CLASSIFIER: ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+        TOWER: ("DeiTModel",),
+    },
     "Dinov2Config": {CLASSIFIER: ("Dinov2ForImageClassification",), TOWER: ("Dinov2Model",)},
     "Dinov2WithRegistersConfig": {
         CLASSIFIER: ("Dinov2WithRegistersForImageClassification",),

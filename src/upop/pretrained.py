@@ -119,11 +119,11 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     Image classifiers, and bare vision towers of the families that upop slims. Strict: every weight must be there and
     fit. Code in the folder is never run. Raises ModelError otherwise.
     """
-    return load(str(folder))
+    return load(str(folder), towers=True)
 
 
-def load(source: str, *, new_head: bool = False) -> nn.Module:
-    """See `from_pretrained`; with `new_head` always a classifier, of which the folder may lack the head."""
+def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Module:
+    """See `from_pretrained`; a classifier unless `towers` will do too. With `new_head` it may lack its head."""
     folder = fetch(source)
     promise = vet(folder)
     values = read_json(folder / "config.json", finite=False, most=MOST_CONFIG)
@@ -134,7 +134,7 @@ def load(source: str, *, new_head: bool = False) -> nn.Module:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind = _class_of(config, new_head=new_head)
+        kind = _class_of(config) if towers else CLASSIFIERS
         with torch.device("meta"):
             check_shapes(kind.from_config(config) if kind is CLASSIFIERS else kind(config), promise)
         model, info = kind.from_pretrained(
@@ -161,10 +161,10 @@ def load(source: str, *, new_head: bool = False) -> nn.Module:
     return module.eval()
 
 
-def _class_of(config: Any, *, new_head: bool) -> Any:
+def _class_of(config: Any) -> Any:
     """The class, or Auto class, that builds what a folder with this config holds."""
     name = next(iter(config.architectures or []), "")
-    if new_head or AUTO_CLASSES.get(name.removeprefix("Pruned"), CLASSIFIER) == CLASSIFIER:
+    if AUTO_CLASSES.get(name.removeprefix("Pruned"), CLASSIFIER) == CLASSIFIER:
         return CLASSIFIERS
     return getattr(modeling_upop if name.startswith("Pruned") else transformers, name)
 

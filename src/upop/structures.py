@@ -103,11 +103,22 @@ def linear(model: nn.Module, path: str) -> nn.Linear:
     """The plain Linear at `path`; raises ModelError for anything else (quantised and LoRA-wrapped ones too)."""
     module = model.get_submodule(path)
     if type(module) is not nn.Linear:
+        found = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise ModelError(f"{path}: expected a plain torch.nn.Linear, got {found}; {_make_plain(module)}")
+    # What torchao quantises stays a Linear, whose weight is another kind of tensor.
+    if hasattr(type(module.weight), "__tensor_flatten__") or not module.weight.is_floating_point():
         raise ModelError(
-            f"{path}: expected a plain torch.nn.Linear, got {type(module).__qualname__}; merge adapters and "
-            "dequantise before pruning"
+            f"{path}.weight: expected floating point numbers, got {type(module.weight).__name__} of "
+            f"{module.weight.dtype}; prune before quantising, and quantise what slim() returns"
         )
     return module
+
+
+def _make_plain(module: nn.Module) -> str:
+    """What to do about a layer that stands where a Linear should."""
+    if type(module).__module__.startswith("peft."):
+        return "merge the adapters first: model = peft_model.merge_and_unload()"
+    return "merge adapters, and prune before quantising: quantise what slim() returns"
 
 
 def make_structure(

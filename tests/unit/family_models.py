@@ -10,6 +10,8 @@ MLP = {"intermediate_size": 256}
 HF = {
     "vit": ("ViTForImageClassification", "ViTConfig", SIZES | MLP, "vit.layers"),
     "deit": ("DeiTForImageClassification", "DeiTConfig", SIZES | MLP, "deit.layers"),
+    "vit-tower": ("ViTModel", "ViTConfig", SIZES | MLP, "layers"),
+    "deit-tower": ("DeiTModel", "DeiTConfig", SIZES | MLP, "layers"),
     "dinov2": ("Dinov2Model", "Dinov2Config", SIZES, "encoder.layer"),
     "dinov2-classifier": ("Dinov2ForImageClassification", "Dinov2Config", SIZES, "dinov2.encoder.layer"),
     "dinov2-swiglu": ("Dinov2Model", "Dinov2Config", SIZES | {"use_swiglu_ffn": True}, "encoder.layer"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import HF, make_hf, make_stand_in
+from family_models import HF, SIZES, make_hf, make_stand_in
 from torch import nn
 
 import upop
@@ -97,6 +97,80 @@ def test_timm_itself_is_described_rightly(kind, fused, dtype):
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
     check_family(model.to(dtype))
+
+
+# Real shapes, on the meta device: (class, config, parameters as published, units of a layer).
+REAL = {
+    "vit-base": ("ViTForImageClassification", {"num_labels": 1000}, 86_567_656, (64, 3072)),
+    "deit-small": (
+        "DeiTForImageClassification",
+        {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 1000},
+        22_050_664 + 384 * 2,
+        (64, 1536),
+    ),
+    "dinov2-base": ("Dinov2Model", {"image_size": 518}, 86_580_480, (64, 3072)),
+    "dinov2-giant": (
+        "Dinov2Model",
+        {
+            **{"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "image_size": 518},
+            "use_swiglu_ffn": True,
+        },
+        1_136_480_768,
+        (64, 4096),
+    ),
+    "clip-large": (
+        "CLIPVisionModel",
+        {
+            **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+            "patch_size": 14,
+        },
+        303_179_776,
+        (64, 4096),
+    ),
+    "siglip-so400m": (
+        "SiglipVisionModel",
+        {
+            **{"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304},
+            **{"patch_size": 14, "image_size": 384},
+        },
+        428_225_600,
+        (72, 4304),
+    ),
+    "beit-base": (
+        "BeitForImageClassification",
+        {"use_relative_position_bias": True, "num_labels": 1000},
+        86_530_984,
+        (64, 3072),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_models_of_real_size_are_described_and_rebuilt_from_their_config_alone(name):
+    import transformers
+
+    from upop.modeling_upop import find_layers, pruned_model
+    from upop.pretrained import adopt_
+    from upop.surgery import cut_
+
+    kind, values, parameters, units = REAL[name]
+    stock = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = stock(stock.config_class(**values))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    structures = find_structures(model)
+    assert [s.units for s in structures] == [*units] * (len(structures) // 2)
+    keep = half(model)
+    removed = sum(int((~keep[s.name]).sum()) * s.cost for s in structures)
+    cut_(model, structures, {name: k.to("cpu") for name, k in keep.items()})
+    assert sum(p.numel() for p in model.parameters()) == parameters - removed
+    adopt_(model)
+    with torch.device("meta"):
+        again = pruned_model(stock)(model.config)
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert [(layer.heads, layer.head_dim) for layer in find_layers(again)] == [
+        (layer.heads, layer.head_dim) for layer in find_layers(model)
+    ]
 
 
 @pytest.mark.parametrize("name", HF)
@@ -342,11 +416,53 @@ def test_every_entry_refuses_an_unsupported_model(act):
         act(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
 
 
-def test_a_model_without_weights_or_without_a_head_is_refused(make_model):
+def test_a_model_without_weights_is_refused():
     with pytest.raises(ModelError, match="none with weights"):
         upop.analyze(nn.Identity())
-    with pytest.raises(ModelError, match=r"^ViTModel: unsupported model"):
-        upop.analyze(make_model().vit)
+
+
+def test_of_a_model_with_another_head_the_part_that_is_known_is_named():
+    import transformers
+
+    config = transformers.ViTConfig(**SIZES, encoder_stride=8)
+    model = transformers.ViTForMaskedImageModeling(config)
+    with pytest.raises(ModelError, match=r"^ViTForMaskedImageModeling: .*; its part vit, a ViTModel, is one: search"):
+        upop.analyze(model)
+    model.vit = upop.slim(model.vit, half(model.vit))
+    assert model(torch.randn(1, 3, 32, 32)).reconstruction.shape == (1, 3, 32, 32)
+
+
+def test_adapters_of_peft_are_to_be_merged_first(make_model):
+    model = make_model()
+    lora = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model.vit.layers[1].attention.q_proj = lora(64, 64)
+    with pytest.raises(ModelError, match=r"^vit\.layers\.1\.attention\.q_proj: .* got peft\.tuners.*merge_and_unload"):
+        find_structures(model)
+    wrapper = type("PeftModel", (nn.Sequential,), {"__module__": "peft.peft_model"})
+    with pytest.raises(
+        ModelError, match=r"^PeftModel: unsupported .*merge them first, model = .*merge_and_unload\(\)"
+    ):
+        find_structures(wrapper(model))
+
+
+class QuantisedTensor(torch.Tensor):
+    """As torchao's: a Linear's weight that is no plain tensor."""
+
+    def __tensor_flatten__(self):
+        return [], None
+
+
+def test_a_quantised_model_is_to_be_pruned_before(make_model):
+    model = make_model()
+    plain = model.vit.layers[0].mlp.fc1.weight
+    model.vit.layers[0].mlp.fc1.weight = nn.Parameter(plain.detach().as_subclass(QuantisedTensor))
+    with pytest.raises(
+        ModelError, match=r"^vit\.layers\.0\.mlp\.fc1\.weight: .* got QuantisedTensor.*prune before quanti"
+    ):
+        find_structures(model)
+    model.vit.layers[0].mlp.fc1.weight = nn.Parameter(plain.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"fc1\.weight: .* of torch\.int8; prune before quantising"):
+        find_structures(model)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu_new", "tanh"])
@@ -368,7 +484,7 @@ def test_a_linear_that_is_not_plain_is_refused_by_path(make_model, path):
     model = make_model()
     old = model.get_submodule(path)
     model.set_submodule(path, Quantised(old.in_features, old.out_features))
-    with pytest.raises(ModelError, match=rf"^{path}: expected a plain torch\.nn\.Linear, got .*Quantised"):
+    with pytest.raises(ModelError, match=rf"^{path}: expected a plain torch\.nn\.Linear, got .*Quantised; merge"):
         find_structures(model)
 
 

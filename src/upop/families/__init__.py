@@ -98,8 +98,8 @@ def find_family(model: nn.Module) -> Family:
     if (inside := _wrapped(model)) is not None:
         raise ModelError(f"{type(model).__name__}: expected the model itself, got a wrapper of it; {inside}")
     raise ModelError(
-        f"{type(model).__name__}: unsupported model; expected one of: {', '.join(f.name for f in FAMILIES)} "
-        f"(classification); unsupported modules: {_modules_with_weights(model)}{_advice(model)}"
+        f"{type(model).__name__}: unsupported model; expected one of: {', '.join(f.name for f in FAMILIES)}; "
+        f"unsupported modules: {_modules_with_weights(model)}{_advice(model)}"
     )
 
 
@@ -143,6 +143,11 @@ def _wrapped(model: nn.Module) -> str | None:
 
 def _advice(model: nn.Module) -> str:
     """What to do about an unsupported model."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        return "; it carries adapters of peft: merge them first, model = peft_model.merge_and_unload()"
+    for path, module in model.named_modules():
+        if path and any(family.matches(module) for family in FAMILIES):
+            return f"; its part {path}, a {type(module).__name__}, is one: search and slim that"
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             return (

@@ -76,8 +76,10 @@ VIT = Layout(
         "ViTForImageClassification",
         "DeiTForImageClassification",
         "DeiTForImageClassificationWithTeacher",
+        "ViTModel",
+        "DeiTModel",
     ),
-    blocks=("vit.layers", "deit.layers"),
+    blocks=("vit.layers", "deit.layers", "layers"),
     since="5.9",
 )
 DINOV2 = Layout(
