@@ -3,11 +3,10 @@
 A block that is not run stands in NOT_RUN, with its reason; a page's Python blocks run in order, in one namespace.
 """
 
-import contextlib
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -286,7 +285,7 @@ def test_the_quickstart_leads_from_a_folder_of_images_to_an_onnx_file(upop, tmp_
 
 
 def test_the_pictures_are_those_that_the_code_draws(tmp_path):
-    subprocess.run([sys.executable, ROOT / "docs/pictures/draw.py", tmp_path], check=True)
+    runpy.run_path(str(ROOT / "docs/pictures/draw.py"))["draw"](tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in ROOT.glob("docs/pictures/*.svg")}
     shown = {name for page in PAGES for name in re.findall(r"\(pictures/(.*?)\)", page.read_text())}
@@ -294,15 +293,11 @@ def test_the_pictures_are_those_that_the_code_draws(tmp_path):
 
 
 def test_the_reference_has_every_command_option_and_key():
-    with contextlib.chdir(ROOT / "docs"):
-        sys.path.insert(0, ".")
-        import generate
-
-        sys.path.remove(".")
-    commands, config = generate.command_reference(), generate.config_reference()
+    program = runpy.run_path(str(ROOT / "docs/generate.py"))
+    commands, config = program["command_reference"](), program["config_reference"]()
     for name, command in COMMANDS.items():
         assert f"## upop {name}\n" in commands
         for option in (o for p in command.params if p.param_type_name == "option" for o in p.opts):
-            assert f"{option}" in commands
+            assert option in commands
     for name in PruneConfig.model_fields:
         assert f"| `{name}` |" in config
