@@ -119,12 +119,21 @@ def read(path: Path) -> dict[str, Any]:
 
 def latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint in `folder` that is whole; None where there is none. Says in the log what it passed by."""
+    state, damaged = newest(folder)
+    for what in damaged:
+        log.warning("%s; %s", what, "going back to the one before" if state is not None else "it is of no use")
+    return state
+
+
+def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint in `folder` that is whole, if any, and what is wrong with those after it."""
+    damaged = []
     for path in reversed(_numbered(folder)):
         try:
-            return read(path)
+            return read(path), damaged
         except UpopError as error:
-            log.warning("%s; going back to the one before", error)
-    return None
+            damaged.append(str(error))
+    return None, damaged
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from upop.errors import UpopError, nearest
+from upop.errors import UpopError, nearest, shortened
 from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds
 from upop.reading import read_text
 from upop.schedules import SCHEDULES
@@ -312,7 +312,7 @@ def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             what = f"missing; expected {PruneConfig.model_fields[key].description}"
-        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        got = "" if first["type"] in ("missing", "value_error") else f", got {shortened(first['input'])}"
         raise ConfigError(f"{where}: {key + ': ' if key else ''}{what}{got}") from None
 
 

@@ -31,6 +31,12 @@ class StopError(UpopError):
     """A run was asked to stop, by a signal, and says how to go on."""
 
 
+def shortened(value: object) -> str:
+    """A value as it is shown in a message: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1)

@@ -1,9 +1,12 @@
-"""Models of the Hub, downloaded to a local folder: what goes wrong on the way, in one line that says what to do.
+"""The Hub: its models, downloaded to a local folder, and what goes wrong on the way, in one line that says what to do.
 
 Must not read what is in the files, nor load a model.
 """
 
+import errno
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from upop.errors import ModelError
@@ -46,25 +49,40 @@ def fetch(name: str) -> Path:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of huggingface_hub means, and what to do."""
+    """What an error of huggingface_hub or datasets means, and what to do; in one line."""
+    for cause in _chain(error):
+        if said := _known(cause):
+            return said
+    return f"{_line(error)}; check the network and try again, or give a local folder"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from: libraries wrap what tells most."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _known(error: BaseException) -> str | None:
     from huggingface_hub import errors
 
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    response = getattr(cause, "response", None)
-    status = getattr(response, "status_code", None)
-    if isinstance(cause, errors.GatedRepoError):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
         return f"its owner gives access to those who ask; ask on its page there, then {LOGIN}"
-    if isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+    absent = isinstance(error, errors.RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError"
+    if absent or status in (401, 403, 404):
         return f"there is none of that name, or it is private; check the name, or {LOGIN}"
     if status == 429:
         return f"it answers 429, too many requests; wait some minutes, or {LOGIN}"
     if status is not None and status >= 500:
         return f"it answers {status}; try again later, or give a local folder"
-    if isinstance(cause, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        return "it is not in the cache; unset HF_HUB_OFFLINE, check the network, or give a local folder"
-    if getattr(cause, "errno", None) is not None:
-        return f"{_line(cause)}; free space, or set HF_HOME to a folder elsewhere"
-    return f"{_line(cause)}; check the network and try again, or give a local folder"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "it is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
+    if isinstance(error, json.JSONDecodeError):
+        return "it answers with something else than JSON, as networks do that want you to sign in first"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return f"{_line(error)}; free space, or set HF_HOME to a folder elsewhere"
+    return None
 
 
 def _line(error: BaseException) -> str:

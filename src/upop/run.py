@@ -54,9 +54,12 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
     """
     if (folder / "result.json").exists():
         raise UpopError(f"--resume {folder}: this run is complete; there is nothing to go on with")
-    state = checkpoint.latest(folder / CHECKPOINTS)
+    state, damaged = checkpoint.newest(folder / CHECKPOINTS)
     if state is None:
-        raise UpopError(f"--resume {folder}: holds no whole checkpoint; start the run again with --overwrite")
+        why = f" ({damaged[0]})" if damaged else ""
+        raise UpopError(f"--resume {folder}: holds no whole checkpoint{why}; start the run again with --overwrite")
+    for what in damaged:
+        log.warning("%s; going back to the one before", what)
     with taking_over(f"--resume {folder}"):
         config = make_config({**state["config"], "out": str(folder)}, f"--resume {folder}")
     with cpu_threads(config.threads):

@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _seeds(value: Any, path: Path) -> tuple[int, ...]:
     good = isinstance(value, list) and value and all(isinstance(n, int) and n >= 0 for n in value)
     if not good or len(set(value)) != len(value):
-        raise ConfigError(f"{path}: seeds: expected different whole numbers such as [0, 1, 2], got {value!r}")
+        raise ConfigError(f"{path}: seeds: expected different whole numbers such as [0, 1, 2], got {shortened(value)}")
     return tuple(value)
 
 
@@ -130,7 +130,7 @@ def _expand(table: Mapping[str, Any], seeds: tuple[int, ...], where: str) -> lis
         if not choices[key]:
             raise ConfigError(f"{where}: {key}: expected at least one value, got an empty list")
         if len({repr(v) for v in choices[key]}) != len(choices[key]):
-            raise ConfigError(f"{where}: {key}: expected different values, got {value!r}")
+            raise ConfigError(f"{where}: {key}: expected different values, got {shortened(value)}")
     choices.setdefault("seed", list(seeds))
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 

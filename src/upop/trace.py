@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from upop.structures import Structure
 
+MOST_BYTES = 256 * 2**20  # unpacked: ten times the largest models in 120 frames
 # What a file can do wrong while numpy reads it, from a missing end to an array that only pickle could load.
 _BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile)
 
@@ -178,11 +179,16 @@ def load_trace(path: Path) -> Trace:
         with found:
             if missing := [name for name in names if name not in found.files]:
                 raise UpopError(f"{path}: expected a trace of a search, but it holds no array {missing[0]!r}")
+            # A few bytes of an archive can be a gigabyte: it says so itself, and no more than that is ever unpacked.
+            if sum(member.file_size for member in found.zip.infolist()) > MOST_BYTES:
+                raise UpopError(f"{path}: expected a trace of at most {MOST_BYTES >> 20} MiB, got a larger one")
             arrays = [found[name] for name in names]
     except UpopError:
         raise
     except _BROKEN as error:
         raise UpopError(f"{path}: cannot be read as a trace, it is damaged; run the search again") from error
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise UpopError(f"{path}: not a trace of a search: not all of it are arrays")
     if (reason := _fault(*arrays)) is not None:
         raise UpopError(f"{path}: not a trace of a search: {reason}")
     step, ratio, masks, kinds, layers, units = arrays

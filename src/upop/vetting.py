@@ -57,7 +57,7 @@ def vet(folder: Path) -> Promise:
     except ModelError:
         raise
     except UpopError as error:
-        raise ModelError(f"{error}{'' if ';' in str(error) else '; copy the folder again'}") from None
+        raise ModelError(f"{error}{'' if ';' in str(error) else '; copy or download the folder again'}") from None
     except OSError as error:
         raise ModelError(f"{folder}: cannot be read ({error.strerror or error}); check its permissions") from None
     name, times = Counter(name for name, _ in shapes).most_common(1)[0] if shapes else ("", 0)
@@ -79,8 +79,8 @@ def check_shapes(model: nn.Module, promise: Promise) -> None:
     head = sum(count for name, count in parameters if any(head in name for head in HEADS))
     if body > promise.numbers or head > max(promise.numbers, 2**28):
         raise ModelError(
-            f"{promise.folder}: config.json promises {body + head:,} parameters, the weights are {promise.numbers:,}; "
-            "they do not belong together; save the model again"
+            f"{promise.folder}: config.json describes {body + head:,} parameters, the weights hold "
+            f"{promise.numbers:,}; they do not belong together, save the model again"
         )
 
 
@@ -98,7 +98,10 @@ def _files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
         if not others:
-            raise ModelError(f"{folder}: expected weights in {WEIGHTS}, found none; copy the folder again")
+            raise ModelError(
+                f"{folder}: expected weights in {WEIGHTS}, found none; others, which can run code when they "
+                "are loaded, are not read"
+            )
         raise ModelError(
             f"{folder}: expected weights in {WEIGHTS}, found {others[0]} only, which can run code when it is loaded; "
             "if you trust where it comes from, load it with transformers and save_pretrained() it once"

@@ -180,8 +180,8 @@ def call(read: tuple[str, ...] | Callable[[], object]) -> int:
         return 0
     try:
         read()
-    except UpopError as error:
-        sys.stderr.write(f"upop: {error}\n")
+    except (UpopError, OSError) as error:  # what the command line makes a line of
+        sys.stderr.write(f"upop: {' '.join(str(error).split())}\n")
         return 2
     return 0
 

@@ -18,6 +18,7 @@ from upop.data import cache
 from upop.data.items import MOST_BYTES, Ints, one_line
 from upop.data.listing import SPLITS, Listing, key_of
 from upop.errors import DataError, UpopError
+from upop.hub import reason
 from upop.reading import check_file, parse_json, read_bytes, size
 
 IMAGE_COLUMNS = ("img", "image")
@@ -155,9 +156,7 @@ def hub_dataset(name: str) -> Listing:
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # network, access, unknown name, broken files: each has an exception of its own
-        raise DataError(
-            f"could not load {name} from the Hub: {type(error).__name__}: {one_line(error)}; give a local folder"
-        ) from error
+        raise DataError(f"could not load {name} from the Hub: {reason(error)}") from error
     tables = {SPLITS[split]: loaded[split] for split in loaded if split in SPLITS}
     if "train" not in tables:
         raise DataError(f"{name}: expected a split 'train', got {', '.join(loaded)}; choose another data set")
