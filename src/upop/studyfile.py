@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from upop.config import ConfigError, PruneConfig, load_config, make_config
-from upop.errors import nearest
+from upop.errors import nearest, shortened
 
 ALWAYS = ("method", "target", "seed")  # named in every label
 NOT_A_DIFFERENCE = ("out", "model", "stages", "tracker")
