@@ -83,16 +83,21 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     path = folder / f"{int(known[-1].name) + 1 if known else 0:08}"
     temporary = folder / f".{path.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps({"format": FORMAT, "state": _encode(state, "", tensors)})
-    save_file(tensors, temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(text, encoding="utf-8")
-    seal = {name: digest(temporary / name) for name in FILES}
-    (temporary / SEAL).write_text(json.dumps(seal), encoding="utf-8")
-    for name in (*FILES, SEAL):
-        _sync(temporary / name)
-    temporary.rename(path)
+    try:
+        temporary.mkdir()
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps({"format": FORMAT, "state": _encode(state, "", tensors)})
+        save_file(tensors, temporary / "tensors.safetensors")
+        (temporary / "state.json").write_text(text, encoding="utf-8")
+        seal = {name: digest(temporary / name) for name in FILES}
+        (temporary / SEAL).write_text(json.dumps(seal), encoding="utf-8")
+        for name in (*FILES, SEAL):
+            _sync(temporary / name)
+        temporary.rename(path)
+    except BaseException:
+        # On a full disk, half a checkpoint is in the way of the next.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _sync(folder)
     return path
 

@@ -20,11 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from upop.errors import UpopError
 from upop.reading import check_file, read_json
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 MARK = ".upop-run"  # says that a run of upop made the folder
 FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
@@ -170,10 +174,22 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Full and read-only disks as one clear line."""
     try:
         yield
-    except OSError as error:
-        raise UpopError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another out"
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system says
+        what = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UpopError(f"{path}: cannot be written ({what}); free space or choose another out") from error
+
+
+@contextlib.contextmanager
+def spare(path: Path, warnings: list[str]) -> Iterator[None]:
+    """What a run can do without: where it cannot be made, a warning says so, and nothing that was computed is lost."""
+    try:
+        yield
+    except Exception as error:  # a picture may fail in any way
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        warnings.append(f"{path.name}: could not be written ({what}); all else is there")
+        log.warning("%s", warnings[-1])
+        with contextlib.suppress(OSError):  # half of it may be there
+            path.unlink(missing_ok=True)
 
 
 def weights_hash(model: Path) -> str | None:

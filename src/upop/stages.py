@@ -24,8 +24,8 @@ from upop.card import CARD, find_parent, model_card
 from upop.config import STAGES
 from upop.cutting import compensated, decided, one_shot
 from upop.data import Augment, Batches
-from upop.errors import StopError, TrainingError
-from upop.folder import RunFolder, disk_errors, provenance, weights_hash
+from upop.errors import StopError, TrainingError, UpopError
+from upop.folder import RunFolder, provenance, spare, weights_hash
 from upop.hook import SearchHook
 from upop.measure import (
     measure_latency,
@@ -133,13 +133,18 @@ class Stages:
         result |= {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
         for name, draw in PICTURES.items():
             if self.folder.main:
-                with disk_errors(self.folder.path / name):
+                with spare(self.folder.path / name, result["warnings"]):
                     draw(result, self.folder.path / name)
         self.track(result)
-        parent = find_parent(self.plan.config.model, self.plan.loaded.folder)
-        card = model_card(result, parent, name=self.folder.path.resolve().name)
-        self.folder.write_text(f"model/{CARD}", card)
-        self.folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
+        with spare(self.folder.path / "model" / CARD, result["warnings"]):
+            parent = find_parent(self.plan.config.model, self.plan.loaded.folder)
+            card = model_card(result, parent, name=self.folder.path.resolve().name)
+            self.folder.write_text(f"model/{CARD}", card)
+        try:
+            self.folder.write_text("result.json", json.dumps(result, indent=1) + "\n")
+        except UpopError as error:
+            where = self.folder.path / "model"
+            raise UpopError(f"{error}; the model itself is whole, in {where}; {self.how_to_go_on()}") from error
         self.folder.remove("last-good")
         self.folder.remove(CHECKPOINTS)
         self.accelerator.end_training()
@@ -239,7 +244,7 @@ class Stages:
         )
         assert search.done, "a search must take all its steps"
         if self.folder.main:
-            with disk_errors(self.folder.path / "trace.npz"):
+            with spare(self.folder.path / "trace.npz", self.notes):
                 trace.save(self.folder.path / "trace.npz")
         keep = search.keep()
         lost, allowed = search.growth.cost_of_training if search.growth else 0.0, c.max_drop or c.tolerance or 0.0

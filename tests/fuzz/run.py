@@ -10,6 +10,7 @@ listed, kept below `--keep`, and end in exit code 1. Linux only.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import random
@@ -397,9 +398,14 @@ def load_libraries() -> None:
     import upop.report.page
     import upop.run
     import upop.study
+    from upop import cli
 
     del datasets, matplotlib, plotly, upop
     r.quiet()
+    # What is imported only where it is needed is needed by all.
+    sys.argv = ["upop", "analyze", "deit-digits"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        cli.main()
 
 
 def described(given: Input) -> str:

@@ -157,7 +157,7 @@ REFUSED = {
     "bad/loop": "not to be had from the Hub",
     "bad/closed": "not to be had from the Hub",
     "bad/pickled": "found none; others, which can run code when they are loaded, are not read",
-    "bad/code": "contains custom code",
+    "bad/code": "is known to code in the folder alone, which upop does not run",
     "bad/paths": "cannot contain a '..'",
     "bad/script": "scripts are no longer supported",
     "bad/private-data": "there is none of that name",

@@ -119,7 +119,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     notes = [*result["warnings"], *([f"{skipped} unreadable images were skipped, see result.json"] if skipped else [])]
     for note in notes:
         out.print(f"warning: {note}", style="yellow", markup=False)
-    where = f"in {folder}: model/ result.json widths.png stages.png"
+    made = " ".join(n for n in ("model/", "result.json", "widths.png", "stages.png") if (folder / n).exists())
+    where = f"in {folder}: {made}"
     out.print(f"{clock(result['seconds']['all'])} in all; {where}", markup=False)
 
 
