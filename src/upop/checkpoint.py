@@ -132,7 +132,7 @@ def latest(folder: Path) -> dict[str, Any] | None:
 
 def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint in `folder` that is whole, if any, and what is wrong with those after it."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
             return read(path), damaged

@@ -180,7 +180,8 @@ def load_trace(path: Path) -> Trace:
             if missing := [name for name in names if name not in found.files]:
                 raise UpopError(f"{path}: expected a trace of a search, but it holds no array {missing[0]!r}")
             # A few bytes of an archive can be a gigabyte: it says so itself, and no more than that is ever unpacked.
-            if sum(member.file_size for member in found.zip.infolist()) > MOST_BYTES:
+            sizes = [member.file_size for member in found.zip.infolist()] if found.zip is not None else []
+            if sum(sizes) > MOST_BYTES:
                 raise UpopError(f"{path}: expected a trace of at most {MOST_BYTES >> 20} MiB, got a larger one")
             arrays = [found[name] for name in names]
     except UpopError:
