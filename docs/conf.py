@@ -52,7 +52,7 @@ for name, text in (("commands.md", command_reference()), ("config.md", config_re
 PAGES = {
     "../results/claims/report.md": "report.md",
     "../results/peers/report.md": "peers.md",
-    "../benchmarks/peers/README.md": "peers-again.md",
+    "../benchmarks/peers/README.md": "peers-how.md",
 }
 
 
