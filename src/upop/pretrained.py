@@ -4,6 +4,8 @@ What slimmed Hugging Face models are, and what their config says, is in `upop.mo
 """
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from upop import modeling_upop
+from upop import modeling_upop, timmfolder
 from upop.errors import ModelError
+from upop.families import timm
 from upop.hub import fetch
 from upop.modeling_upop import AUTO_CLASSES, CLASSIFIER, MODELS, Layer, find_layers, pruned_model, tell_apart_
 from upop.reading import read_json
@@ -31,23 +34,29 @@ for _name in MODELS:
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *, code: bool = True) -> None:
-    """Write `model` to `folder` as config.json + model.safetensors.
+def save_pretrained(
+    model: nn.Module, folder: str | Path, *, code: bool = True, timm_args: Mapping[str, Any] | None = None
+) -> None:
+    """Write `model`, of Hugging Face or of `timm.create_model`, to `folder` as config.json + model.safetensors.
 
     With a slimmed model goes a small file of code (`code=False` leaves it out): where upop is not installed,
-    transformers runs it to load the folder, if told `trust_remote_code=True`. upop itself never does.
+    transformers runs it to load the folder, if told `trust_remote_code=True`. upop itself never does. `timm_args` are
+    arguments of `timm.create_model` that the model does not show; that some are missing is said.
 
     Raises ModelError for a model that cannot save itself so, or where `folder` cannot be written.
     """
     save = getattr(model, "save_pretrained", None)
     if not callable(save):
-        raise ModelError(
-            f"{type(model).__name__}: expected a Hugging Face model (with save_pretrained), to write to {folder}"
-        )
+        if not timm.matches(model):
+            raise ModelError(
+                f"{type(model).__name__}: expected a Hugging Face model (with save_pretrained) or one of timm, to "
+                f"write to {folder}"
+            )
+        save = partial(timmfolder.save, model, arguments=timm_args)
     if Path(folder).is_file():
         raise ModelError(f"{folder}: expected a folder to write the model to, found a file")
     try:
-        save(folder)
+        save(Path(folder))
         if not code:
             _leave_out_code(Path(folder))
     except (OSError, SafetensorError) as error:
@@ -116,8 +125,8 @@ def _pruned_class(kind: Any) -> Any:
 def from_pretrained(folder: str | Path) -> nn.Module:
     """The model in `folder` (or of that Hub name), slimmed or dense, in eval mode, on the CPU.
 
-    Image classifiers, and bare vision towers of the families that upop slims. Strict: every weight must be there and
-    fit. Code in the folder is never run. Raises ModelError otherwise.
+    Image classifiers and bare vision towers of the families that upop slims, and slimmed models of timm. Strict:
+    every weight must be there and fit. Code in the folder is never run. Raises ModelError otherwise.
     """
     return load(str(folder), towers=True)
 
@@ -127,6 +136,15 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
     folder = fetch(source)
     promise = vet(folder)
     values = read_json(folder / "config.json", finite=False, most=MOST_CONFIG)
+    if timmfolder.KEY in values:
+        if not towers:
+            raise ModelError(
+                f"{source}: a slimmed model of timm; expected one of Hugging Face, open it with upop.from_pretrained "
+                "in a program of your own"
+            )
+        model = timmfolder.load(folder, values, promise)
+        check_finite(model, source)
+        return model
     if "auto_map" in values and values.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{source}: model type {values.get('model_type')!r} is known to code in the folder alone, which upop "

@@ -108,7 +108,7 @@ def linear(model: nn.Module, path: str) -> nn.Linear:
     # What torchao quantises stays a Linear, whose weight is another kind of tensor.
     if hasattr(type(module.weight), "__tensor_flatten__") or not module.weight.is_floating_point():
         raise ModelError(
-            f"{path}.weight: expected floating point numbers, got {type(module.weight).__name__} of "
+            f"{path}.weight: expected a plain floating point tensor, got {type(module.weight).__name__} of "
             f"{module.weight.dtype}; prune before quantising, and quantise what slim() returns"
         )
     return module
