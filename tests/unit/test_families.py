@@ -269,6 +269,11 @@ def test_a_timm_block_with_another_attention_is_refused_by_path():
 
 
 HF_PARTS = {
+    "vit": ["attention.q_proj", "attention.scaling", "mlp.fc1", "mlp.activation_fn"],
+    "deit": ["attention.o_proj", "attention.head_dim", "mlp.fc2"],
+    "vit-tower": ["attention.v_proj"],
+    "dinov2-registers": ["attention.q_proj", "attention.scaling", "mlp.fc2"],
+    "clip-projection": ["self_attn.scale", "self_attn.head_dim", "mlp.activation_fn"],
     "dinov2": ["attention.k_proj", "attention.scaling", "attention.head_dim", "mlp.fc1", "mlp.activation_fn"],
     "dinov2-swiglu": ["attention.o_proj", "mlp.up_proj", "mlp.down_proj"],
     "clip-classifier": ["self_attn.q_proj", "self_attn.out_proj", "self_attn.scale", "mlp.fc2"],
@@ -304,6 +309,17 @@ def test_a_list_of_blocks_that_moved_is_said_so():
     model.encoder = nn.Identity()
     with pytest.raises(ModelError, match=r"^Dinov2Model: .*encoder\.layer, the list of blocks, is missing; .*5\.18"):
         find_structures(model)
+
+
+def test_windows_are_no_family_yet_and_are_refused_before_anything_is_touched():
+    import transformers
+
+    config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2])
+    model = transformers.SwinForImageClassification(config)
+    with pytest.raises(
+        ModelError, match=r"^SwinForImageClassification: unsupported model; .* register_family and docs"
+    ):
+        upop.Search(model, target=upop.Target(params=0.5), steps=3)
 
 
 def test_torchs_own_attention_is_refused_with_what_to_do():
