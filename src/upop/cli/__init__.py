@@ -5,6 +5,7 @@ Must not compute: everything it shows comes from the library's return values.
 
 import inspect
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -240,6 +241,7 @@ def demo(
         result = prune(demo_config(folder), overwrite=overwrite or folder == DEMO_FOLDER, observer=watcher)
     print_result(result, folder)
     print_promises(result)
+    out.print(f"look at it: upop view {shlex.quote(str(folder))} --data digits", markup=False)
 
 
 app.command("view")(view.view)
