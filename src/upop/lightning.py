@@ -147,7 +147,12 @@ def _find_model(module: LightningModule, attribute: str | None) -> nn.Module:
     if attribute is not None:
         found: nn.Module = module.get_submodule(attribute)
         return found
-    fitting = {name: m for name, m in module.named_modules() if any(family.matches(m) for family in FAMILIES)}
+    fitting: dict[str, nn.Module] = {}
+    for name, inner in module.named_modules():
+        # A classifier holds a backbone that could be pruned alone: the outermost is meant.
+        inside = any(name.startswith(f"{other}.") for other in fitting)
+        if not inside and any(family.matches(inner) for family in FAMILIES):
+            fitting[name] = inner
     if len(fitting) != 1:
         raise ModelError(
             f"{type(module).__name__}: expected one model that can be pruned, found "

@@ -54,8 +54,9 @@ def refused(upop, tmp_path):
 def test_help_names_every_command_and_every_option(upop):
     code, text, _ = upop()
     assert code == 0
-    for command in ("prune", "analyze", "eval", "demo"):
+    for command in ("prune", "analyze", "eval", "demo", "view"):
         assert command in text
+    assert "..." not in text.partition("Commands:")[2], "every command is told in one line"
     _, text, _ = upop("prune", "--help")
     for option in ("--model", "--target", "--epochs-search", "--dry-run", "--no-flip", "--gradient-order"):
         assert option in text

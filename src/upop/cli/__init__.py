@@ -148,13 +148,13 @@ def _resume(folder: Path) -> None:
 def _register_prune() -> None:
     own = [p for p in inspect.signature(_prune).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     _prune.__signature__ = inspect.Signature(own + _config_options())  # type: ignore[attr-defined]
-    app.command("prune")(_prune)
+    app.command("prune", short_help="Fine-tune, search, slim, retrain, evaluate: all the way")(_prune)
 
 
 _register_prune()
 
 
-@app.command()
+@app.command(short_help="What can be removed from a model, and what that saves")
 def analyze(
     model: Annotated[str, typer.Argument(help="Hub name, local folder, or built-in shape")],
     structures: Annotated[str, typer.Option(help="as for prune")] = "attn,mlp",
@@ -199,7 +199,7 @@ def analyze(
         out.print(f"latency is that of a forward pass: {table}", markup=False)
 
 
-@app.command("eval")
+@app.command("eval", short_help="Accuracy of a model on a data set, in float32")
 def evaluate(
     model: Annotated[str, typer.Argument(help="model folder or Hub name")],
     data: Annotated[str, typer.Option(help="as for prune")],
@@ -227,7 +227,7 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(short_help="Two minutes, no network: prune a small DeiT to half")
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="folder for everything that comes out")] = DEMO_FOLDER,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that OUT already holds")] = False,
@@ -244,10 +244,10 @@ def demo(
     out.print(f"look at it: upop view {shlex.quote(str(folder))} --data digits", markup=False)
 
 
-app.command("view")(view.view)
-app.command("export")(export.export)
-app.command("bench")(bench.bench)
-app.command("push")(push.push)
-app.command("study")(studies.study)
-app.command("report")(studies.report)
-app.command("animate")(studies.animate)
+app.command("view", short_help="Drop a picture on a page, see what each model says of it")(view.view)
+app.command("export", short_help="One file for ONNX Runtime or torch.export, checked")(export.export)
+app.command("bench", short_help="Dense and pruned models timed side by side, in turns")(bench.bench)
+app.command("push", short_help="A model with its card to the Hugging Face Hub")(push.push)
+app.command("study", short_help="All runs of a study that are not done yet, and its report")(studies.study)
+app.command("report", short_help="One HTML page and its Markdown twin from results on disk")(studies.report)
+app.command("animate", short_help="A search's masks as a moving picture")(studies.animate)
