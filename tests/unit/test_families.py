@@ -317,7 +317,8 @@ def test_windows_are_no_family_yet_and_are_refused_before_anything_is_touched():
     config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2])
     model = transformers.SwinForImageClassification(config)
     with pytest.raises(
-        ModelError, match=r"^SwinForImageClassification: unsupported model; .* register_family and docs"
+        ModelError,
+        match=r"^SwinForImageClassification: unsupported model; .*see upop\.families\.register_family and docs",
     ):
         upop.Search(model, target=upop.Target(params=0.5), steps=3)
 
