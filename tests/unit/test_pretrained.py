@@ -221,7 +221,7 @@ BAD = {
     "truncated weights": (truncate, "Safetensor"),
     "config is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
-        r"bad/config\.json: expected readable JSON, got .*; copy the folder again",
+        r"bad/config\.json: expected readable JSON, got .*; copy or download the folder again",
     ),
     "unknown model type": (edit_config(model_type="upop_vitt"), "upop_vitt"),
     "too few widths": (edit_config(attn_widths=[3]), r"attn_widths.*expected 2 numbers in \[1, 32\], got \[3\]"),
