@@ -19,7 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from upop.drive import Drive, check_options
 from upop.errors import ModelError, UpopError
-from upop.reading import read_json
+from upop.reading import check_file, read_json
 from upop.search import Search
 from upop.targets import Target
 
@@ -254,6 +254,7 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 def load_state(folder: Path) -> dict[str, Any]:
     """What `save_state` wrote; raises UpopError for files that do not belong together."""
     try:
+        check_file(folder / TENSORS)
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise UpopError(f"{folder / TENSORS}: damaged ({error}); resume from another checkpoint") from error
@@ -280,6 +281,7 @@ def restore_weights_(model: nn.Module, folder: Path) -> None:
     held = model.state_dict()
     saved: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
+        check_file(file)
         saved |= load_file(file)
     if not saved or _different(held, {name: value for name, value in saved.items() if name in held}):
         raise ModelError(

@@ -135,7 +135,7 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
     """See `from_pretrained`; a classifier unless `towers` will do too. With `new_head` it may lack its head."""
     folder = fetch(source)
     promise = vet(folder)
-    values = read_json(folder / "config.json", finite=False, most=MOST_CONFIG)
+    values = read_json(folder / "config.json", most=MOST_CONFIG)
     if timmfolder.KEY in values:
         if not towers:
             raise ModelError(

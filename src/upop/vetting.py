@@ -52,7 +52,7 @@ def vet(folder: Path) -> Promise:
     try:
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder}: expected a model folder with config.json and {WEIGHTS}, found no config.json")
-        config = read_json(folder / "config.json", finite=False, most=MOST_CONFIG)
+        config = read_json(folder / "config.json", most=MOST_CONFIG)
         shapes = [shape for file in _files(folder) for shape in _shapes(file)]
     except ModelError:
         raise

@@ -1,6 +1,6 @@
 """Feed every reader of upop hostile files, each in a process of its own, and see that it refuses them well.
 
-    python tests/fuzz/run.py --inputs 2000
+    python tests/fuzz/run.py --inputs 2000 --replay tests/fuzz/corpus.json
 
 An input is a valid example of `readers` after a few `mutations`. What reads it either accepts it, or ends with exit
 code 2 and one line on stderr. A traceback, a crash, more than `--seconds`, memory beyond `--mebibytes`, a file touched
@@ -326,10 +326,9 @@ def check_examples(base: Path, work: Path, names: list[str], mebibytes: int) -> 
 
 def inputs(options: argparse.Namespace, base: Path, names: list[str]) -> Iterator[Input]:
     if options.replay:
-        for file in sorted(Path(options.replay).glob("*.json")):
-            values = json.loads(file.read_text())["input"]
-            yield Input(**{**values, "mutations": [tuple(change) for change in values["mutations"]]})
-        return
+        for values in json.loads(Path(options.replay).read_text()):
+            if values["reader"] in names:
+                yield Input(**{**values, "mutations": [tuple(change) for change in values["mutations"]]})
     for number in range(options.inputs):
         yield draw(random.Random(f"{options.seed}/{number}"), base, names)
 
@@ -339,10 +338,10 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=2000, help="how many hostile inputs")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--seconds", type=float, default=10, help="that a reading may take")
-    parser.add_argument("--budget", type=float, help="stop after so many seconds")
+    parser.add_argument("--budget", type=float, help="stop trying after so many seconds")
     parser.add_argument("--mebibytes", type=int, default=1024, help="that a reading may add to the memory")
     parser.add_argument("--readers", help="only these, by comma")
-    parser.add_argument("--replay", help="a folder of findings, in place of drawn inputs")
+    parser.add_argument("--replay", help="a file of inputs to begin with, such as corpus.json")
     parser.add_argument("--keep", help="folder for findings")
     parser.add_argument("--verbose", action="store_true", help="a line per input")
     options = parser.parse_args()
@@ -360,7 +359,7 @@ def main() -> int:
         findings: list[tuple[Input, Outcome]] = []
         slowest, largest = (0.0, ""), (0.0, "")
         for number, given in enumerate(inputs(options, base, names)):
-            if options.budget and time.monotonic() - begun > options.budget:
+            if options.budget and time.monotonic() - begun - ready > options.budget:
                 break
             found = try_input(given, base, work, seconds=options.seconds, mebibytes=options.mebibytes)
             good = found.verdict in ("accepted", "refused")

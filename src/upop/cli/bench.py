@@ -1,5 +1,6 @@
 """`upop bench`: dense against pruned models side by side, as a table, a picture and bench.json."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,13 @@ def bench(
     )
     _prepare(folder)
     began = time.monotonic()
-    with BenchWatcher() as watcher:
-        found = run_bench([dense, *pruned], grid, out=folder, watcher=watcher)
+    try:
+        with BenchWatcher() as watcher:
+            found = run_bench([dense, *pruned], grid, out=folder, watcher=watcher)
+    except UpopError:
+        with contextlib.suppress(OSError):  # not empty: some cells are there
+            folder.rmdir()
+        raise
     _print_bench(found)
     unknown = [model.name for model in found.models if not model.accuracy]
     if unknown:
