@@ -60,7 +60,7 @@ class Masks:
             mask = self.values[s.name]
             for port in s.producers:
                 module = linear(model, port.path)
-                _refuse_foreign(module, port.path)
+                _refuse_foreign_forward(module, port.path)
                 forwards.setdefault(port.path, _MaskedForward(module, [])).terms.append((mask, port))
         self._forwards = list(forwards.values())
         for forward in self._forwards:
@@ -89,13 +89,8 @@ class Masks:
             mask.copy_(values[name])
 
 
-def _refuse_foreign(module: nn.Module, path: str) -> None:
+def _refuse_foreign_forward(module: nn.Module, path: str) -> None:
     if "forward" in module.__dict__:
         raise ModelError(
             f"{path}: its forward is already replaced (another search, or a library's hook); detach that first"
-        )
-    if hasattr(module.weight, "full_tensor"):
-        raise ModelError(
-            f"{path}: expected a whole weight in every process, got a DTensor (fully_shard, tensor parallelism); use "
-            "DistributedDataParallel"
         )
