@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from upop.compensate import How, Moments, cut_and_compensate_, input_moments
 from upop.data import Batches, ImageData, load_data
+from upop.evaluation import evaluate
 from upop.families import find_structures
 from upop.models import LoadedModel, load_model
 from upop.oneshot import SCORES, rank
 from upop.ranking import NORMALISERS, normalise, select
 from upop.slim import slim
 from upop.structures import Structure, prunable_cost
-from upop.train import evaluate
 
 Labelled = list[tuple[Tensor, Tensor]]
 Cell = tuple[str, str, float, int, str]  # score, normalisation, ratio, calibration batches, compensation

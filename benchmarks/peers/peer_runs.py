@@ -22,13 +22,15 @@ from torch import nn
 
 from upop.config import PruneConfig
 from upop.data import Augment, Batches
+from upop.evaluation import evaluate
 from upop.folder import provenance, recorded, weights_hash
 from upop.models import load_model
 from upop.plan import Plan, cpu_threads, make_accelerator, make_batches, make_plan, set_attention
 from upop.profiling import compare_latency, count_macs, count_params
+from upop.recipe import FitOptions
 from upop.run import prune
 from upop.slim import slim
-from upop.train import FitOptions, Progress, evaluate, fit
+from upop.train import Progress, fit
 from upop.version import code_version
 
 SCHEMA = 1

@@ -4,6 +4,7 @@ Must not know data sets, models or epochs: images and a generator come in, image
 Shapes: B batch, C classes, h height, w width. Images are float [B, 3, h, w] in [0, 1].
 Every draw comes from the generator that is passed in. A CPU generator gives the same draws whatever device
 holds the images, and costs no host sync on an accelerator: only a few numbers per image are sent over.
+Draws are those of a whole batch: an image gets the same ones, whichever share of the batch is at hand.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,14 @@ from upop.errors import DataError
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's greyscale
 ERASE_AREA = (0.02, 1 / 3)  # of the image, as in Random Erasing (Zhong et al., 2017) and timm
 ERASE_ASPECT = (0.3, 1 / 0.3)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which images of a batch of `batch` are at hand: as many as there are, from the one at `first` on."""
+
+    first: int
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,21 @@ class Augment:
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(
-        self, images: Tensor, labels: Tensor, *, num_classes: int, generator: Generator
+        self, images: Tensor, labels: Tensor, *, num_classes: int, generator: Generator, share: Share | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images float [B, 3, h, w] in [0, 1]; labels int64 [B], back as float [B, C] when mixing."""
+        """Images float [B, 3, h, w] in [0, 1]; labels int64 [B], back as float [B, C] when mixing.
+
+        Mixing needs the whole batch: `share` is then None.
+        """
+        assert share is None or not self.mixes, "partners are in the whole batch"
         if self.flip:
-            images = flip(images, generator=generator)
+            images = flip(images, generator=generator, share=share)
         if self.crop:
-            images = crop(images, pad=self.crop, generator=generator)
+            images = crop(images, pad=self.crop, generator=generator, share=share)
         if self.color:
-            images = jitter(images, strength=self.color, generator=generator)
+            images = jitter(images, strength=self.color, generator=generator, share=share)
         if self.erasing:
-            images = erase(images, probability=self.erasing, generator=generator)
+            images = erase(images, probability=self.erasing, generator=generator, share=share)
         if not self.mixes:
             return images, labels
         targets = F.one_hot(labels, num_classes).float()
@@ -65,35 +78,36 @@ class Augment:
         return cutmix(images, targets, alpha=self.cutmix, generator=generator)
 
 
-def flip(images: Tensor, *, generator: Generator) -> Tensor:
+def flip(images: Tensor, *, generator: Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability one half."""
-    mirrored = _send(_uniform((len(images), 1, 1, 1), generator) < 0.5, images)
+    mirrored = _own(_uniform((_batch(images, share), 1, 1, 1), generator) < 0.5, images, share)
     return torch.where(mirrored, images.flip(3), images)
 
 
-def crop(images: Tensor, *, pad: int, generator: Generator) -> Tensor:
+def crop(images: Tensor, *, pad: int, generator: Generator, share: Share | None = None) -> Tensor:
     """Reflect-pad by `pad` pixels of 32 (scaled to h and w) and cut h x w out at a random place."""
     batch, channels, height, width = images.shape
-    rows = _send(_shifted(batch, height, round(pad * height / 32), generator), images)  # [B, h]
-    columns = _send(_shifted(batch, width, round(pad * width / 32), generator), images)  # [B, w]
+    drawn = _batch(images, share)
+    rows = _own(_shifted(drawn, height, round(pad * height / 32), generator), images, share)  # [B, h]
+    columns = _own(_shifted(drawn, width, round(pad * width / 32), generator), images, share)  # [B, w]
     images = images.gather(2, rows[:, None, :, None].expand(batch, channels, height, width))
     return images.gather(3, columns[:, None, None, :].expand(batch, channels, height, width))
 
 
-def jitter(images: Tensor, *, strength: float, generator: Generator) -> Tensor:
+def jitter(images: Tensor, *, strength: float, generator: Generator, share: Share | None = None) -> Tensor:
     """Scale brightness, contrast, then saturation of each image, by factors in [1 - strength, 1 + strength]."""
-    factors = 1 + strength * (2 * _uniform((3, len(images), 1, 1, 1), generator) - 1)
-    brightness, contrast, saturation = _send(factors, images).to(images.dtype)
+    factors = 1 + strength * (2 * _uniform((3, _batch(images, share), 1, 1, 1), generator) - 1)
+    brightness, contrast, saturation = _own(factors, images, share, dim=1).to(images.dtype)
     images = (images * brightness).clamp(0, 1)
     mean = _grey(images).mean(dim=(2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp(0, 1)
     return torch.lerp(_grey(images), images, saturation).clamp(0, 1)
 
 
-def erase(images: Tensor, *, probability: float, generator: Generator) -> Tensor:
+def erase(images: Tensor, *, probability: float, generator: Generator, share: Share | None = None) -> Tensor:
     """Paint a random rectangle in the image's mean colour, in each image with this probability."""
-    batch, _, height, width = images.shape
-    chance, size, shape, top, left = _uniform((5, batch), generator)
+    _, _, height, width = images.shape
+    chance, size, shape, top, left = _uniform((5, _batch(images, share)), generator)
     area = ERASE_AREA[0] + size * (ERASE_AREA[1] - ERASE_AREA[0])
     aspect = torch.exp((2 * shape - 1) * torch.log(torch.tensor(ERASE_ASPECT[1])))
     tall = (height * (area * aspect).sqrt()).round().clamp(1, height)
@@ -101,7 +115,7 @@ def erase(images: Tensor, *, probability: float, generator: Generator) -> Tensor
     tall = torch.where(chance < probability, tall, 0)
     first_row, first_column = (top * (height - tall + 1)).floor(), (left * (width - wide + 1)).floor()
     box = torch.stack((first_row, first_row + tall, first_column, first_column + wide))
-    inside = _inside(_send(box, images), height, width)
+    inside = _inside(_own(box, images, share, dim=1), height, width)
     return torch.where(inside, images.mean(dim=(2, 3), keepdim=True), images)
 
 
@@ -133,6 +147,16 @@ def _check(name: str, value: float, low: float, high: float, meaning: str) -> No
 
 def _uniform(shape: Sequence[int], generator: Generator) -> Tensor:
     return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def _batch(images: Tensor, share: Share | None) -> int:
+    """For how many images is drawn."""
+    return len(images) if share is None else share.batch
+
+
+def _own(draws: Tensor, images: Tensor, share: Share | None, *, dim: int = 0) -> Tensor:
+    """Of a batch's draws, one image after another along `dim`, those for the images at hand, on their device."""
+    return _send(draws if share is None else draws.narrow(dim, share.first, len(images)), images)
 
 
 def _send(draws: Tensor, images: Tensor) -> Tensor:

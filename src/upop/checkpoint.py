@@ -46,6 +46,11 @@ class Keeper:
     def due(self) -> bool:
         return self.signal is not None or time.monotonic() - self._latest >= self._seconds
 
+    @property
+    def asked(self) -> int:
+        """The number of the signal that has asked for an end, or 0."""
+        return 0 if self.signal is None else signal.Signals[self.signal].value
+
     def save(self, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint and forget all but the last two."""
         with disk_errors(self.folder):

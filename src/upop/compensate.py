@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from upop import processes
 from upop.errors import ModelError, UpopError
 from upop.structures import Structure, linear
 from upop.surgery import staying
@@ -45,7 +46,7 @@ def input_moments(
 
     `model` is run as it is, in eval mode and without gradients: with the masks on that it has. A consumer's input is
     the hidden neurons after their activation, or the values that attention has mixed. The `covariance` takes
-    8 * I * I bytes a consumer.
+    8 * I * I bytes a consumer. In several processes (torch.distributed) the moments are those over all their batches.
     Raises UpopError without batches, ModelError for a consumer that no image reaches.
     """
     sums = {port.path: _Sums(covariance) for s in structures for port in s.consumers}
@@ -88,10 +89,25 @@ class _Sums:
             )
         off, squares = self._sum.cpu() / self._count, self._squares.cpu() / self._count
         mean = self._first[0].double().cpu() + off
+        spread = squares - (torch.outer(off, off) if self._covariance else off.square())
+        if processes.count() > 1:
+            mean, spread = self._of_all(mean, spread)
         if not self._covariance:
-            return Moments(mean, (squares - off.square()).clamp_min(0))
-        covariance = squares - torch.outer(off, off)
-        return Moments(mean, covariance.diagonal().clamp_min(0), covariance)
+            return Moments(mean, spread.clamp_min(0))
+        return Moments(mean, spread.diagonal().clamp_min(0), spread)
+
+    def _of_all(self, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and (co)variance over the rows of all processes, from those of this one."""
+        total = int(processes.add_up_(torch.tensor(self._count, device=self._first[0].device)))
+        weight = self._count / total
+        common = self._add_up(mean * weight)
+        off = mean - common
+        between = torch.outer(off, off) if self._covariance else off.square()
+        return common, self._add_up((spread + between) * weight)
+
+    def _add_up(self, values: Tensor) -> Tensor:
+        # Processes on accelerators talk through these.
+        return processes.add_up_(values.to(self._first[0].device)).cpu()
 
 
 @contextmanager

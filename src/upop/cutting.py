@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from upop import processes
 from upop.compensate import cut_and_compensate_, input_moments
 from upop.data import Augment
 from upop.families import find_structures
@@ -43,6 +44,7 @@ def one_shot(plan: Plan, accelerator: Accelerator, model: nn.Module) -> tuple[di
         scores = rank(work, structures, images, score=ONE_SHOT[c.method], seed=c.seed)
         scores = _first_the_gone(structures, scores, keep, c.normalise or "zscore")
         keep = select(structures, scores, budget, cost=cost, align=plan.align, slack=slack)
+        keep = {name: processes.keep_of_first(k.to(accelerator.device)).cpu() for name, k in keep.items()}
         _compensate_(work, structures, keep, plan, images)
     return keep, slim(work, keep)
 
@@ -92,7 +94,7 @@ def decided(plan: Plan, keep: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _calibration(plan: Plan, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
-    """A few batches of training images as they are, in an order of the seed's; the same ones in every process."""
+    """A few batches of training images as they are, in an order of the seed's; this process's share of each."""
     as_they_are = Augment(False, 0, 0.0, 0.0, 0.0, 0.0)
     batches = make_batches(
         plan.data.train,
@@ -101,6 +103,5 @@ def _calibration(plan: Plan, accelerator: Accelerator) -> list[tuple[Tensor, Ten
         accelerator,
         classes=len(plan.data.classes),
         augment=as_they_are,
-        everywhere=True,
     )
     return list(itertools.islice(batches.epoch(0), plan.config.rank_batches))

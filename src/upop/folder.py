@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from upop.errors import UpopError
+from upop.lock import LOCK, held, refuse_if_held
 from upop.reading import check_file, read_json
 
 if TYPE_CHECKING:
@@ -67,21 +68,57 @@ class RunFolder:
             raise UpopError(f"out {self.path}: cannot be written, no permission for {parent}; choose another folder")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        known = {MARK, TRACKED, *FILES, *FOLDERS}
+        known = {MARK, LOCK, TRACKED, *FILES, *FOLDERS}
         foreign = [p.name for p in self.path.iterdir() if p.name not in known and not p.name.endswith(".partial")]
         if foreign or not (self.path / MARK).exists():
             what = sorted(foreign)[0] if foreign else "files"
             raise UpopError(f"out {self.path}: holds {what}, which no run of upop wrote; choose a new or empty folder")
+        refuse_if_held(self.path)
         if not overwrite:
-            if not (self.path / "result.json").exists() and (self.path / "checkpoints").exists():
+            if self.holds_checkpoints and not (self.path / "result.json").exists():
                 raise UpopError(
                     f"out {self.path}: holds a run that was stopped; go on with --resume {self.path}, or start over "
                     "with --overwrite"
                 )
-            raise UpopError(f"out {self.path}: already holds a run; choose another folder, or say --overwrite")
+            early = "" if (self.path / "result.json").exists() else ", stopped before its first checkpoint"
+            raise UpopError(f"out {self.path}: already holds a run{early}; choose another folder, or say --overwrite")
+
+    @property
+    def holds_checkpoints(self) -> bool:
+        return any((self.path / "checkpoints").glob("[0-9]*"))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile the folder, made where there is none, is this run's alone."""
+        if not self.main:
+            yield
+            return
+        new = not self.path.exists()
+        try:
+            with contextlib.ExitStack() as stack:
+                with disk_errors(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(held(self.path))
+                yield
+        finally:
+            if new:
+                with contextlib.suppress(OSError):  # there is something in it
+                    self.path.rmdir()
+
+    def sweep(self) -> None:
+        """Take away what writes that were cut off have left."""
+        if self.main:
+            for path in self.path.glob(".*.partial"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Take away what only a run that is not complete needs."""
+        for name in ("last-good", "checkpoints"):
+            self.remove(name)
+        self.sweep()
 
     def claim(self, config: str) -> None:
-        """Make the folder, empty of any older run, and save the resolved configuration."""
+        """Empty the folder of any older run, and save the resolved configuration."""
         if self.main:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)

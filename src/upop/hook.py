@@ -19,15 +19,28 @@ class SearchHook:
     def penalty(self) -> Tensor:
         return self._search.penalty()
 
+    def finite(self) -> Tensor:
+        return self._search.finite()
+
     def step(self) -> None:
-        search = self._search
-        search.step()
-        self._answer()
-        self._recorder.record(search.steps_done, search.ratio, search.masks.values)
+        self._search.step()
+        self._stepped()
+
+    def skip(self) -> None:
+        self._search.skip()
+        self._stepped()
+
+    def clear(self) -> None:
+        self._search.clear()
 
     def groups(self) -> list[dict[str, Any]]:
         masks = self._search.trained_masks()
         return [{"params": masks, "lr": self._lr_mask, "weight_decay": 0.0}] if masks else []
+
+    def _stepped(self) -> None:
+        search = self._search
+        self._answer()
+        self._recorder.record(search.steps_done, search.ratio, search.masks.values)
 
     def _answer(self) -> None:
         while self._search.needs_accuracy:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upop.errors import ModelError
-from upop.structures import Port, Structure, linear
+from upop.structures import Port, Structure, linear, refuse_sharded
 
 
 @dataclass
@@ -20,6 +20,7 @@ class _MaskedForward:
     """Stands in for one Linear's `forward` while masks are attached."""
 
     module: nn.Linear
+    path: str
     terms: list[tuple[Tensor, Port]]
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -61,11 +62,16 @@ class Masks:
             for port in s.producers:
                 module = linear(model, port.path)
                 _refuse_foreign_forward(module, port.path)
-                forwards.setdefault(port.path, _MaskedForward(module, [])).terms.append((mask, port))
+                forwards.setdefault(port.path, _MaskedForward(module, port.path, [])).terms.append((mask, port))
         self._forwards = list(forwards.values())
         for forward in self._forwards:
             # On the instance, so that names, classes and other instances stay as they are.
             forward.module.forward = forward  # type: ignore[method-assign]
+
+    def check(self) -> None:
+        """Raise ModelError where weights have been sharded over processes since the masks were attached."""
+        for forward in self._forwards:
+            refuse_sharded(forward.module, forward.path)
 
     def detach(self) -> None:
         """Take the masks off: the model computes with its own weights again, bit for bit. Idempotent."""

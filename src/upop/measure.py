@@ -4,6 +4,7 @@ Must not train, and writes nothing.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,9 +15,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from upop import processes
 from upop.config import PruneConfig, given_values
 from upop.data import Batches, Split
 from upop.errors import UpopError
+from upop.evaluation import Score, evaluate
 from upop.families import find_structures
 from upop.folder import recorded
 from upop.models import fit_head_, load_model
@@ -25,7 +28,6 @@ from upop.profiling import compare_latency, count_macs, count_params, time_in_tu
 from upop.runtimes import make_runner
 from upop.structures import widths
 from upop.targets import MEASURED_LATENCY
-from upop.train import Score, evaluate
 
 LATENCY_BATCHES = (1, 64)
 
@@ -93,14 +95,18 @@ def measure_masked(plan: Plan, accelerator: Accelerator, masked: nn.Module, smal
     """
     batches = plain_batches(plan, plan.data.validation, accelerator)
     score = evaluate({"search": masked}, batches, accelerator=accelerator)["search"]
-    images, _ = next(iter(batches))
-    outputs: list[Any] = [model(pixel_values=images) for model in (masked, small)]
-    gap = float((outputs[0].logits - outputs[1].logits).abs().max())
+    gap = 0.0
+    # The first process's share of the first batch: it is never empty, and it is the first that writes.
+    for images, _ in itertools.islice(batches, 1):
+        outputs: list[Any] = [model(pixel_values=images) for model in (masked, small)]
+        gap = float((outputs[0].logits - outputs[1].logits).abs().max())
     return {"accuracy": score.accuracy, "loss": score.loss, "gap": gap}
 
 
 def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: nn.Module) -> dict[str, Any]:
-    """Batch size -> before and after, timed in turns."""
+    """Batch size -> before and after, timed in turns, on the first process's device while the others wait."""
+    if processes.index() > 0:
+        return {}
     # Copies: a copy is not compiled, so that both are timed alike.
     pair = {"before": copy.deepcopy(dense), "after": copy.deepcopy(final)}
     found = {
@@ -119,7 +125,7 @@ def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: n
 def measure_promise(plan: Plan, dense: nn.Module, final: nn.Module) -> dict[str, Any]:
     """What became of a target in latency: the passes that it is about, timed in turns; empty for other targets."""
     table = plan.latency
-    if table is None:
+    if table is None or processes.index() > 0:
         return {}
     shape = (table.batch, 3, table.image_size, table.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))

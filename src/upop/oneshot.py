@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upop import processes
 from upop.compensate import Moments, evaluating, input_moments
 from upop.criteria import random_scores, weight_norms
 from upop.errors import TrainingError, UpopError, nearest
@@ -27,7 +28,8 @@ def rank(
 ) -> dict[str, Tensor]:
     """Scores [U], float64 on the CPU, per structure: the LARGEST goes first, as in `upop.ranking`.
 
-    `batches` are (images [B, 3, H, W], labels [B] or probabilities [B, C]); each is read once, in eval mode.
+    `batches` are (images [B, 3, H, W], labels [B] or probabilities [B, C]); each is read once, in eval mode. Of
+    several processes (torch.distributed) each is given its part of every batch, and gets the scores of the whole.
 
     `taylor`: minus the sum over batches of |mask * gradient|, the loss's first-order change (Molchanov et al., 2017).
     `gradient`: the sum over batches of the mask's signed gradient, as the search of the paper accumulates it.
@@ -79,9 +81,9 @@ def _by_gradient(
         with evaluating(model), torch.enable_grad():
             for images, labels in batches:
                 output: Any = model(images)
-                loss = F.cross_entropy(getattr(output, "logits", output).float(), labels)
+                loss = F.cross_entropy(getattr(output, "logits", output).float(), labels) * _weight(labels)
                 # Of the masks alone: weights need no gradient, and one that they have stays as it is.
-                gradients = [g.double() for g in torch.autograd.grad(loss, values)]
+                gradients = [processes.mean_(g.double()) for g in torch.autograd.grad(loss, values)]
                 # Masks are 1, so that mask * gradient is the gradient.
                 terms = [-g.abs() if absolute else g for g in gradients]
                 total = [a + b for a, b in zip(total, terms, strict=True)] if total else terms
@@ -93,6 +95,14 @@ def _by_gradient(
     if bad := [name for name, value in scores.items() if not bool(value.isfinite().all())]:
         raise TrainingError(f"score: {bad[0]}: a mask gradient is NaN or infinite; rank in float32")
     return scores
+
+
+def _weight(labels: Tensor) -> float:
+    """What this process's part of a batch weighs in the mean over processes: 1 where all parts are as large."""
+    if processes.count() == 1:
+        return 1.0
+    total = processes.add_up_(torch.tensor(len(labels), device=labels.device))
+    return len(labels) * processes.count() / int(total)
 
 
 def _minus(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -64,6 +64,11 @@ class Penalty:
                 twin.grad = None
         return result
 
+    def clear(self) -> None:
+        """Forget what has arrived at the twins."""
+        for twin in self._twins.values():
+            twin.grad = None
+
     def _weight(self, s: Structure) -> Tensor:
         return torch.tensor(self._sparsity.get(s.kind, 0.0))
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from upop import processes
 from upop.analysis import Analysis, analyze
 from upop.config import PruneConfig, given_values, parse_align
 from upop.costs import Cost, params_cost
@@ -30,12 +31,12 @@ from upop.observer import Nobody, Observer
 from upop.penalty import equal_sparsity
 from upop.profiling import count_macs
 from upop.ranking import check_alignment, group_price
+from upop.recipe import count_steps
 from upop.slim import slim
 from upop.structures import Structure
 from upop.targets import TOLERANCE, Target, amount
 from upop.timing import measure_latency_table
 from upop.tracking import parse_trackers
-from upop.train import count_steps
 from upop.version import code_version
 
 
@@ -113,7 +114,7 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     align = _alignment(config, loaded.model, kinds, device)
     pruned = target is not None and config.has("search") and METHODS[config.method].score != "none"
     if target is not None and target.unit == "latency" and pruned and latency is None:
-        latency = _measure_table(config, loaded, kinds, align, device, observer or Nobody())
+        latency = _table_of_first(config, loaded, kinds, align, device, observer or Nobody())
     analysis = analyze(loaded.model, kinds, align=align, latency=latency)
     cost = analysis.costs[target.currency] if target is not None and pruned else analysis.params_cost
     budget = target.budget(cost, align) if target is not None and pruned else 0.0
@@ -151,6 +152,21 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
         macs_after=count_macs(slim(loaded.model, guess)),
         steps=steps,
     )
+
+
+def _table_of_first(
+    config: PruneConfig,
+    loaded: LoadedModel,
+    kinds: Sequence[str],
+    align: Mapping[str, int],
+    device: str,
+    observer: Observer,
+) -> LatencyTable:
+    """What the first process measures: all decide by the same clock, on a machine that the others leave alone."""
+    found: list[LatencyTable] = []
+    processes.by_first(lambda: found.append(_measure_table(config, loaded, kinds, align, device, observer)))
+    text = processes.text_from_first(json.dumps(found[0].to_dict()) if found else "")
+    return found[0] if found else LatencyTable.from_dict(json.loads(text))
 
 
 def _measure_table(
@@ -271,12 +287,8 @@ def make_batches(
     *,
     classes: int,
     augment: Augment | None = None,
-    everywhere: bool = False,
 ) -> Batches:
-    """Batches of `split` as the model wants its images; augmented for training.
-
-    Shared out over the processes, or whole ones `everywhere`.
-    """
+    """Batches of `split` as the model wants its images, shared out over the processes; augmented for training."""
     return Batches(
         split,
         batch_size=config.batch_size,
@@ -288,8 +300,8 @@ def make_batches(
         augment=augment,
         num_classes=classes,
         seed=config.seed,
-        rank=0 if everywhere else accelerator.process_index,
-        world=1 if everywhere else accelerator.num_processes,
+        rank=processes.index(),
+        world=processes.count(),
         workers=config.workers,
     )
 

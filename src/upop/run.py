@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upop import checkpoint
+from upop import checkpoint, processes
 from upop.config import PruneConfig, make_config
 from upop.errors import UpopError
 from upop.folder import RunFolder, is_main_process, own_command
 from upop.latency import LatencyTable
+from upop.lock import refuse_if_held
 from upop.observer import Nobody, Observer
-from upop.plan import Plan, cpu_threads, make_accelerator, make_plan
+from upop.plan import Plan, cpu_threads, device_type, make_accelerator, make_plan
 from upop.reading import taking_over
 from upop.stages import CHECKPOINTS, SCHEMA, Result, Stages
 
@@ -41,10 +42,13 @@ def prune(
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
     """
-    folder = RunFolder(Path(config.out), main=is_main_process())
-    folder.check(overwrite=overwrite or go_on, sources=(config.model, config.data))
-    with cpu_threads(config.threads):
-        return _prune(config, observer or Nobody(), command, go_on)
+    processes.join(device_type(config.device))
+    folder = RunFolder(Path(config.out), main=processes.index() == 0)
+    with processes.naming_the_lost(lambda: _advice(folder)):
+        sources = (config.model, config.data)
+        processes.by_first(lambda: folder.check(overwrite=overwrite or go_on, sources=sources))
+        with cpu_threads(config.threads):
+            return _prune(config, observer or Nobody(), command, go_on)
 
 
 def resume(folder: Path, *, observer: Observer | None = None) -> Result:
@@ -53,7 +57,10 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
     Raises UpopError where there is none, or where it cannot go on: other code, other data, another start.
     """
     if (folder / "result.json").exists():
+        refuse_if_held(folder)
+        RunFolder(folder, main=is_main_process()).tidy()  # it may have been killed right after its last word
         raise UpopError(f"--resume {folder}: this run is complete; there is nothing to go on with")
+    refuse_if_held(folder)
     state, damaged = checkpoint.newest(folder / CHECKPOINTS)
     if state is None:
         why = f" ({damaged[0]})" if damaged else ""
@@ -62,11 +69,19 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
         log.warning("%s; going back to the one before", what)
     with taking_over(f"--resume {folder}"):
         config = make_config({**state["config"], "out": str(folder)}, f"--resume {folder}")
-    with cpu_threads(config.threads):
+    processes.join(device_type(config.device))
+    with processes.naming_the_lost(lambda: _advice(RunFolder(folder))), cpu_threads(config.threads):
         plan = make_plan(config, latency=_table(state))
         if other := _differs(state, plan):
             raise UpopError(f"--resume {folder}: was begun with another {other}; start the run again with --overwrite")
         return _carry_out(plan, observer or Nobody(), str(state.get("command")), state)
+
+
+def _advice(folder: RunFolder) -> str:
+    """What to type after a process was lost."""
+    if folder.holds_checkpoints:
+        return f"see what the others say; then go on with --resume {folder.path}"
+    return "see what the others say; then start again"
 
 
 def _prune(config: PruneConfig, observer: Observer, command: str | None, go_on: bool) -> Result:
@@ -92,15 +107,16 @@ def _differs(state: Mapping[str, Any], plan: Plan) -> str | None:
 def _carry_out(plan: Plan, observer: Observer, command: str | None, state: Mapping[str, Any] | None) -> Result:
     config = plan.given
     accelerator = make_accelerator(plan.config)
-    folder = RunFolder(Path(config.out), main=accelerator.is_main_process)
+    folder = RunFolder(Path(config.out), main=processes.index() == 0)
     run = Stages(plan, folder, accelerator, observer, command or own_command())
     run.training_batches(0)  # refuses what cannot be batched before the folder is touched
-    with contextlib.closing(run.tracking):
-        # Before the folder is touched too: a tracker may want a login.
+    with contextlib.ExitStack() as stack:
+        processes.by_first(lambda: stack.enter_context(folder.held()))
+        stack.enter_context(contextlib.closing(run.tracking))
+        # Before anything else is written: a tracker may want a login.
         run.tracking.start(plan.config.model_dump(), None if state is None else state.get("trackers", {}))
         if state is None:
-            folder.claim(plan.config.to_toml())
-        accelerator.wait_for_everyone()
+            processes.by_first(lambda: folder.claim(plan.config.to_toml()))
         return _in_folder(run, state)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
+from upop import processes
 from upop.costs import params_cost
 from upop.criteria import random_scores, weight_norms
 from upop.errors import TargetError, TrainingError, UpopError, nearest
@@ -202,15 +202,46 @@ class Search:
         with a scaler, when none has been for MOST_OVERFLOWS steps.
         """
         if self.steps_done >= self.steps:
-            self.masks.gradients()
+            self.clear()
             return
-        if self.needs_accuracy:
-            raise UpopError(
-                f"Search.step(): an accuracy is due after {self.steps_done} steps; call observe(accuracy) whenever "
-                "needs_accuracy is True"
-            )
+        self._refuse_early("step")
+        if self.steps_done == 0:
+            self.masks.check()
         if not self.trains_masks:
             self._take_gradients(1.0 if scaler is None else float(scaler.get_scale()), scaled=scaler is not None)
+        self._go_on()
+
+    def skip(self) -> None:
+        """Count a step whose gradients are not to be used: an overflow, say, for which the optimizer took none either.
+
+        They are cleared and add nothing to the scores; masks that are due are re-decided by what is known.
+        """
+        self.clear()
+        if self.steps_done < self.steps:
+            self._refuse_early("skip")
+            self._go_on()
+
+    def clear(self) -> None:
+        """Forget the gradients since the last step, as if there had been no backward."""
+        for mask in self.masks.values.values():
+            mask.grad = None
+        self._penalty.clear()
+
+    def finite(self) -> Tensor:
+        """Whether all gradients that the masks have now are numbers: bool scalar, on the device of the masks."""
+        gradients = [mask.grad for mask in self.masks.values.values() if mask.grad is not None]
+        true = torch.ones((), dtype=torch.bool, device=self._device)
+        return torch.stack([true, *(g.isfinite().all().to(self._device) for g in gradients)]).all()
+
+    def _refuse_early(self, what: str) -> None:
+        if self.needs_accuracy:
+            raise UpopError(
+                f"Search.{what}(): an accuracy is due after {self.steps_done} steps; call observe(accuracy) whenever "
+                "needs_accuracy is True"
+            )
+
+    def _go_on(self) -> None:
+        """Decide where that is due, and count the step."""
         last = self.steps_done == self.steps - 1
         checked = self.growth is not None and self.growth.due(self.steps_done + 1)
         due = checked or self.steps_done % self.interval == 0
@@ -336,7 +367,9 @@ class Search:
                 "Search.step(): no gradient has reached the masks since the last step; call it once after "
                 "loss.backward(), with the model in use being the one given to Search"
             )
-        gradients = self._split(_mean_over_processes([found[s.name].to(self._device) for s in self.structures]))
+        flat = torch.cat([found[s.name].to(self._device).reshape(-1) for s in self.structures])
+        # DDP does not know masks.
+        gradients = self._split(processes.mean_(flat).double())
         gradients = {name: g / scale for name, g in self._penalty.add_gradients(gradients).items()}
         failed = ~torch.cat(list(gradients.values())).isfinite().all()
         # Not finite stays so in the scores, unless it is kept out of them.
@@ -404,6 +437,7 @@ class Search:
             )
         else:
             self._keep = select_uniform(self.structures, self._ranked(), self.ratio, cost=self.cost, align=self.align)
+        self._keep = self._split(processes.keep_of_first(torch.cat([self._keep[s.name] for s in self.structures])))
         if self.method.shrink == "progressive":
             # Open-ended searches may end at any check, so that their losers are at 0 at once.
             value = 0.0 if self.growth is not None else 1.0 - fraction
@@ -418,15 +452,5 @@ def _one_of(what: str, value: str, known: Any) -> None:
 
 def _average_gradient_(mask: Tensor) -> None:
     """Give a trained mask the same gradient in all processes: masks are not known to DDP."""
-    if mask.grad is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(mask.grad)
-        mask.grad /= torch.distributed.get_world_size()
-
-
-def _mean_over_processes(gradients: list[Tensor]) -> Tensor:
-    """Gradients of all units in float64, averaged over processes where there are several: DDP does not know masks."""
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flat)
-        flat /= torch.distributed.get_world_size()
-    return flat.double()
+    if mask.grad is not None:
+        processes.mean_(mask.grad)

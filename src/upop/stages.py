@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from upop import checkpoint, plots
+from upop import checkpoint, plots, processes
 from upop.card import CARD, find_parent, model_card
 from upop.config import STAGES
 from upop.cutting import compensated, decided, one_shot
 from upop.data import Augment, Batches
 from upop.errors import StopError, TrainingError, UpopError
+from upop.evaluation import evaluate
 from upop.folder import RunFolder, provenance, spare, weights_hash
 from upop.hook import SearchHook
 from upop.measure import (
@@ -43,10 +45,11 @@ from upop.plan import Plan, make_batches, set_attention
 from upop.pretrained import load, save_pretrained
 from upop.profiling import count_params
 from upop.reading import taking_over
+from upop.recipe import FitOptions
 from upop.search import Search
 from upop.trace import TraceRecorder
 from upop.tracking import Tracking, final_numbers
-from upop.train import FitOptions, Hook, NoHook, Progress, evaluate, fit
+from upop.train import Hook, NoHook, Progress, fit
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Stages:
     masked: dict[str, Any] = field(default_factory=dict)  # what was measured of the masked model
     notes: list[str] = field(default_factory=list)  # what a reader of the result must know
     seconds: dict[str, float] = field(default_factory=dict)
+    training: dict[str, dict[str, int]] = field(default_factory=dict)  # what is to be said of each stage's
     restored: Mapping[str, Any] | None = None  # the checkpoint to go on from, until its stage has begun
 
     def __post_init__(self) -> None:
@@ -80,19 +84,29 @@ class Stages:
         """Go on from a checkpoint."""
         with taking_over(str(self.folder.path)):
             self.restored = state
+            self.training = dict(state["training"])
             self.searched, self.masked = dict(state["searched"]), dict(state["masked"])
             self.seconds, self.notes = dict(state["seconds"]), list(state["notes"])
             size, stage, step = state["metrics_size"], state["stage"], state["fit"] and state["fit"]["tally"]["step"]
             [*STAGES, "evaluate"].index(stage)
+            before = int(state["processes"])
+        processes.same_as_first(f"{self.folder.path / CHECKPOINTS}: stage and step", [stage, step])
         self.folder.cut("metrics.jsonl", size)
+        self.folder.sweep()
         log.info("going on: stage %s, step %s", stage, step)
+        if before != processes.count():
+            self.notes.append(
+                f"{stage}: begun in {before} process(es), went on in {processes.count()}: the same batches, rounded "
+                "in another way"
+            )
 
     def keep(self, stage: str, **more: Any) -> None:
         """Write a checkpoint of `stage`: before a step with `fit`, `model` and more, or before it begins."""
-        if self.accelerator.num_processes > 1 or not self.plan.config.checkpoint_minutes:
+        if not self.plan.config.checkpoint_minutes or not self.folder.main:
             return
         state = {
             "stage": stage,
+            "processes": processes.count(),
             **self.plan.identity(),
             "config": self.plan.given.model_dump(),
             "command": self.command,
@@ -100,6 +114,7 @@ class Stages:
             "masked": self.masked,
             "notes": self.notes,
             "seconds": self.seconds,
+            "training": self.training,
             "latency": self.plan.latency and self.plan.latency.to_dict(),
             "trackers": self.tracking.state(),
             "metrics_size": self.folder.size("metrics.jsonl"),
@@ -129,6 +144,7 @@ class Stages:
             self.save(final, "model")
             self.keep("evaluate")
         result = self.measure(models, final)
+        processes.wait()
         self.seconds["all"] = time.monotonic() - began
         result |= {"seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
         for name, draw in PICTURES.items():
@@ -145,9 +161,7 @@ class Stages:
         except UpopError as error:
             where = self.folder.path / "model"
             raise UpopError(f"{error}; the model itself is whole, in {where}; {self.how_to_go_on()}") from error
-        self.folder.remove("last-good")
-        self.folder.remove(CHECKPOINTS)
-        self.accelerator.end_training()
+        self.folder.tidy()
         return result
 
     def track(self, result: Result) -> None:
@@ -341,10 +355,16 @@ class Stages:
                 self.save(model, "last-good")
 
         def keep(state: Callable[[], dict[str, Any]]) -> None:
-            if self.keeper.due:
-                self.keep(stage, fit=state(), model=model.state_dict(), **more())
-            if self.keeper.signal is not None:
-                raise StopError(f"{stage}: stopped by {self.keeper.signal}; {self.how_to_go_on()}")
+            # One clock, but a signal to any process is a signal to all.
+            asked, due = processes.highest(self.keeper.asked, self.folder.main and self.keeper.due)
+            if asked or due:
+                weights = model.state_dict()
+                if not all(bool(value.isfinite().all()) for value in weights.values()):
+                    raise TrainingError("weights are no longer finite; lower the learning rate or train in float32")
+                self.keep(stage, fit=state(), model=weights, **more())
+            if asked:
+                processes.wait()  # none must end, and take the others with it, before it is written
+                raise StopError(f"{stage}: stopped by {signal.Signals(asked).name}; {self.how_to_go_on()}")
 
         begun = self.begun(stage)
         if begun is not None:
@@ -354,7 +374,7 @@ class Stages:
             model.compile()
         with self.timed(stage):
             try:
-                fit(
+                done = fit(
                     model,
                     self.training_batches(STAGES.index(stage)),
                     options,
@@ -370,22 +390,28 @@ class Stages:
                 raise TrainingError(f"{stage}: {error}; {self.last_good()}") from error
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
-                    f"{stage}: out of memory on {self.accelerator.device}; use --accumulate {2 * c.accumulate} "
-                    f"(smaller micro-batches, the same steps); {self.last_good()}"
+                    f"{stage}: out of memory on {self.accelerator.device}, outside of the passes over images; use a "
+                    f"smaller model; {self.last_good()}"
                 ) from error
+        self.training[stage] = {"skipped_steps": done.skipped, "micro_batch": done.micro_batch}
+        if done.skipped:
+            self.notes.append(f"{stage}: {done.skipped} steps were left out: loss or gradients were not finite")
+        if done.memory:
+            self.notes.append(f"{stage}: memory ran out; micro-batches of {done.micro_batch} images, the same steps")
 
     def how_to_go_on(self) -> str:
         """What to type after a stop."""
-        if self.accelerator.num_processes > 1 or not self.plan.config.checkpoint_minutes:
+        if not self.folder.holds_checkpoints:
             return f"no checkpoint is kept of it; {self.last_good()}"
         return f"go on with --resume {self.folder.path}"
 
     def last_good(self) -> str:
-        """Where the weights of the last complete epoch are."""
+        """Where the weights of the last complete epoch are, and what is there to go on from."""
+        kept = f"; the last checkpoint is in {self.keeper.folder}" if self.folder.holds_checkpoints else ""
         for name in ("last-good", "dense"):
             if (self.folder.path / name).exists():
-                return f"the last good weights are in {self.folder.path / name}"
-        return "no epoch was complete before that"
+                return f"the last good weights are in {self.folder.path / name}{kept}"
+        return f"no epoch was complete before that{kept}"
 
     def metrics(self, stage: str, progress: Progress, **more: float) -> None:
         """A line of metrics.jsonl and, where there is one, the tracker's."""
@@ -398,6 +424,7 @@ class Stages:
             **more,
         }
         where = {"stage": stage, "epoch": progress.epoch, "step": progress.step}
+        values = {k: v for k, v in values.items() if math.isfinite(v)}  # JSON has no others
         self.folder.add_line("metrics.jsonl", where | {k: round(v, 6) for k, v in values.items()})
         # Trackers want steps that only grow.
         earlier = list(self.plan.steps)[: list(self.plan.steps).index(stage)]
@@ -424,6 +451,7 @@ class Stages:
             "gap": self.masked.get("gap"),
             **sizes(models["dense"], final),
             **self.searched,
+            "training": self.training,
             "latency": latency,
             "latency_target": promised or None,
         }

@@ -105,11 +105,7 @@ def linear(model: nn.Module, path: str) -> nn.Linear:
     if type(module) is not nn.Linear:
         found = f"{type(module).__module__}.{type(module).__qualname__}"
         raise ModelError(f"{path}: expected a plain torch.nn.Linear, got {found}; {_make_plain(module)}")
-    if hasattr(module.weight, "full_tensor"):
-        raise ModelError(
-            f"{path}: expected a whole weight in every process, got a DTensor (fully_shard, tensor parallelism); use "
-            "DistributedDataParallel"
-        )
+    refuse_sharded(module, path)
     # What torchao quantises stays a Linear, whose weight is another kind of tensor.
     if hasattr(type(module.weight), "__tensor_flatten__") or not module.weight.is_floating_point():
         raise ModelError(
@@ -117,6 +113,15 @@ def linear(model: nn.Module, path: str) -> nn.Linear:
             f"{module.weight.dtype}; prune before quantising, and quantise what slim() returns"
         )
     return module
+
+
+def refuse_sharded(module: nn.Linear, path: str) -> None:
+    """Raise ModelError where the weight at `path` is spread over processes."""
+    if hasattr(module.weight, "full_tensor"):
+        raise ModelError(
+            f"{path}: expected a whole weight in every process, got a DTensor (fully_shard, tensor parallelism); use "
+            "DistributedDataParallel"
+        )
 
 
 def _make_plain(module: nn.Module) -> str:

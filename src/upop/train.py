@@ -1,4 +1,4 @@
-"""Training and evaluation of any image classifier on Accelerate: one loop for every stage.
+"""Training of any image classifier on Accelerate: one loop for every stage, in one process or several.
 
 What a stage adds to the loop comes in as a hook; the loop itself must not know of pruning, files or terminals.
 """
@@ -9,17 +9,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from upop import processes
 from upop.data import Batches
 from upop.errors import TrainingError
+from upop.losses import TrainingLoss, make_loss
+from upop.memory import within_memory
 from upop.reading import taking_over
+from upop.recipe import FitOptions, count_steps, make_optimizers, rate_factor
+
+# Steps whose loss or gradients are not finite are left out; so many of them in a row, or in all, end the training.
+BAD_IN_A_ROW = 5
+BAD_SHARE = 0.1
 
 
 class Hook(Protocol):
@@ -28,8 +35,17 @@ class Hook(Protocol):
     def penalty(self) -> Tensor | float:
         """A term for the loss of every micro-batch."""
 
+    def finite(self) -> Tensor | bool:
+        """Whether the gradients of its own, of this step, are numbers."""
+
     def step(self) -> None:
         """Called once after every optimizer step, before gradients are cleared."""
+
+    def skip(self) -> None:
+        """Called in place of `step` where there was no optimizer step: the gradients are no numbers."""
+
+    def clear(self) -> None:
+        """Forget the gradients of this step so far: its batch comes again."""
 
     def groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of tensors that are trained beside the model's own, each with its peak rate."""
@@ -44,49 +60,18 @@ class NoHook:
     def penalty(self) -> float:
         return 0.0
 
-    def step(self) -> None:
-        pass
+    def finite(self) -> bool:
+        return True
+
+    def step(self) -> None: ...
+    def skip(self) -> None: ...
+    def clear(self) -> None: ...
 
     def groups(self) -> list[dict[str, Any]]:
         return []
 
     def metrics(self) -> Mapping[str, float]:
         return {}
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How one stage is trained.
-
-    Attributes:
-        epochs: passes over the training split; 0.5 stops in the middle of one.
-        lr: peak learning rate of AdamW, or of Muon's matrices (the rest then gets AdamW at `lr * 0.075`).
-        optimizer: `adamw`; or `muon` for the blocks' matrices, good for training from scratch.
-        weight_decay: decoupled; never on norms, biases, embeddings and tokens.
-        warmup: fraction of all steps over which the rate rises linearly.
-        decay: after that, `cosine` to 0 or `constant`.
-        label_smoothing: in [0, 1).
-        distill: weight in [0, 1] of the teacher's soft labels against the true ones.
-        temperature: softens teacher and student logits, > 0.
-        distill_features: weight, >= 0, of `feature_loss` between the last hidden states of student and teacher.
-        clip: largest gradient norm; 0 = off.
-        accumulate: micro-batches per optimizer step; the batch is split, so that steps and results keep their meaning.
-        seed: of dropout and the like.
-    """
-
-    epochs: float
-    lr: float
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    decay: Literal["cosine", "constant"] = "cosine"
-    label_smoothing: float = 0.1
-    distill: float = 0.0
-    temperature: float = 2.0
-    distill_features: float = 0.0
-    clip: float = 1.0
-    accumulate: int = 1
-    seed: int = 0
 
 
 @dataclass
@@ -118,8 +103,20 @@ State = dict[str, Any]
 # Called before every step with a function that gives the state of the loop at this moment.
 Keep = Callable[[Callable[[], State]], None]
 
-# A loss that is not finite is looked for every so many steps: each look waits for the device.
-CHECK_EVERY = 20
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is to be said of a training.
+
+    Attributes:
+        skipped: optimizer steps left out, for a loss or gradients that were not finite.
+        micro_batch: images that went through the model at once, in each process, in the end.
+        memory: whether that is fewer than asked for, because memory had run out.
+    """
+
+    skipped: int
+    micro_batch: int
+    memory: bool
 
 
 def fit(
@@ -134,18 +131,22 @@ def fit(
     epoch_end: Callable[[int], None] = lambda epoch: None,
     keep: Keep = lambda state: None,
     start: State | None = None,
-) -> None:
+) -> Fitted:
     """Train `model` in place and leave it in eval mode; with `start`, a state that `keep` was given, go on from there.
 
     A state has optimizers, counters and random states. Weights and the hook's own state are the caller's to keep.
 
-    Raises TrainingError, naming the step, when the loss is no longer finite; the weights are then useless, and the
-    caller goes back to what it kept at the last `epoch_end(epochs done)`. Raises it too where features are to be
-    distilled and student and teacher do not have the same.
+    A step whose loss or gradients are not finite is left out, in all processes. Where memory runs out, the step is
+    done again in micro-batches of half the size; the batch of an optimizer step stays.
+
+    Raises TrainingError, naming the step, when 5 steps in a row, or a tenth of all, are not finite, or the weights
+    themselves; the caller then goes back to what it kept at the last `epoch_end(epochs done)`. Raises it too where
+    memory does not suffice for a single image, and where features are to be distilled and student and teacher do not
+    have the same.
     """
     hook = hook or NoHook()
-    lesson = _make_lesson(model, teacher, options)
-    set_seed(options.seed + accelerator.process_index)
+    task = make_loss(model, teacher, options)
+    set_seed(options.seed + processes.index())
     optimizers = make_optimizers(model, options)
     for group in hook.groups():
         optimizers[-1].add_param_group(group)
@@ -159,25 +160,28 @@ def fit(
     if start is not None:
         with taking_over("--resume"):
             _load_state(start, ready, tally, accelerator.device)
+    passes = _Passes(prepared, options, accelerator, hook, task, ready, tally)
     first, skip = divmod(tally.step, len(batches))
-    with closing(lesson):
+    with closing(task):
         for epoch in range(first, math.ceil(steps / len(batches))):
             tally.start(epoch, fresh=epoch > first or skip == 0)
             for images, labels in itertools.islice(batches.epoch(epoch, skip), steps - tally.step):
                 keep(lambda: _state(ready, tally, accelerator.device))
                 _set_rates(ready, peaks, factor(tally.step))
-                tally.add(_backward(prepared, images, labels, options, accelerator, hook, lesson))
-                if options.clip:
-                    accelerator.clip_grad_norm_(model.parameters(), options.clip)
-                for optimizer in ready:
-                    optimizer.step()
-                hook.step()
+                sums = processes.add_up_(passes.backward(images, labels, _in_all(images, batches)))
+                if _finite(model, sums, hook, options, accelerator):
+                    for optimizer in ready:
+                        optimizer.step()
+                    hook.step()
+                    tally.add(sums)
+                else:
+                    hook.skip()
+                    tally.skip(model)
                 for optimizer in ready:
                     optimizer.zero_grad()
-                seen = len(images) * accelerator.num_processes
+                seen = len(images) * processes.count()
                 report(tally.progress(peaks[0][0] * factor(tally.step - 1), seen, hook))
             skip = 0
-            tally.check()
             epoch_end(epoch + 1)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
@@ -185,14 +189,21 @@ def fit(
     for name in set(vars(model)) - own:
         delattr(model, name)
     model.eval()
+    return Fitted(tally.skipped, tally.micro, tally.memory)
+
+
+def _in_all(images: Tensor, batches: Batches) -> int:
+    """Images of this step in all processes: their shares may differ by one."""
+    return len(images) if processes.count() == 1 else batches.batch_size
 
 
 def _state(optimizers: Sequence[Any], tally: "_Tally", device: torch.device) -> State:
+    gpu = device.type == "cuda"
     return {
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "tally": tally.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "random": processes.gather(torch.get_rng_state()),
+        "random_device": processes.gather(torch.cuda.get_rng_state(device)) if gpu else None,
     }
 
 
@@ -200,194 +211,80 @@ def _load_state(state: State, optimizers: Sequence[Any], tally: "_Tally", device
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     tally.load_state_dict(state["tally"])
-    torch.set_rng_state(state["random"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["random_device"], device)
+    # Dropout and the like, each process its own; with another number of processes there is nothing to go on with.
+    if len(state["random"]) == processes.count():
+        torch.set_rng_state(state["random"][processes.index()])
+        if device.type == "cuda" and state["random_device"] is not None:
+            torch.cuda.set_rng_state(state["random_device"][processes.index()], device)
 
 
-def count_steps(epochs: float, per_epoch: int) -> int:
-    """Optimizer steps of `epochs` epochs of `per_epoch` steps, at least one."""
-    return max(1, round(epochs * per_epoch))
+def _finite(model: nn.Module, sums: Tensor, hook: Hook, options: FitOptions, accelerator: Accelerator) -> bool:
+    """Whether loss and gradients of this step are numbers, in every process; clips the gradients on the way."""
+    if options.clip:
+        norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    # The one look at the device in a step: what it says decides whether there is one.
+    finite = bool(norm.isfinite() & sums[0].isfinite() & hook.finite())
+    return not processes.highest(not finite)[0]
 
 
-def _backward(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    options: FitOptions,
-    accelerator: Accelerator,
-    hook: Hook,
-    lesson: "_Lesson",
-) -> Tensor:
-    """Forward and backward of one batch in micro-batches; returns the sums [3] of Progress."""
-    sums = torch.zeros(3, device=images.device)
-    micro = max(1, math.ceil(len(images) / options.accumulate))
-    chunks = [(images[i : i + micro], labels[i : i + micro]) for i in range(0, len(images), micro)]
-    for index, (x, y) in enumerate(chunks):
-        share = len(x) / len(images)
-        with accelerator.no_sync(model) if index < len(chunks) - 1 else nullcontext():
-            logits = model(pixel_values=x).logits.float()
-            loss = lesson.loss(logits, x, y, accelerator)
-            accelerator.backward((loss + hook.penalty()) * share)
-        hard = y if y.ndim == 1 else y.argmax(-1)
-        # Element by element: a tensor made from Python numbers would be a copy to the device in every step.
-        sums[0] += loss.detach() * len(x)
-        sums[1] += (logits.detach().argmax(-1) == hard).sum()
-        sums[2] += len(x)
-    return sums
+class _Passes:
+    """Forward and backward of batches, in micro-batches that fit into memory."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        options: FitOptions,
+        accelerator: Accelerator,
+        hook: Hook,
+        task: TrainingLoss,
+        optimizers: Sequence[Any],
+        tally: "_Tally",
+    ) -> None:
+        self._model, self._accelerator, self._hook, self._task = model, accelerator, hook, task
+        self._accumulate, self._optimizers, self._tally = options.accumulate, optimizers, tally
 
-def classification_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None, options: FitOptions) -> Tensor:
-    """Cross-entropy with label smoothing, mixed with distillation from teacher logits (Hinton et al., 2015).
+    def backward(self, images: Tensor, labels: Tensor, in_all: int) -> Tensor:
+        """Gradients of this process's share of a batch of `in_all` images; the sums [3] of Progress."""
+        tally = self._tally
+        wanted = max(1, math.ceil(len(images) / self._accumulate))
+        before = min(wanted, tally.micro) if tally.memory else wanted
+        sums, tally.micro = within_memory(
+            before,
+            lambda micro: self._whole(images, labels, in_all, micro),
+            forget=self._forget,
+            # Half-way through a backward the others are waiting for this process's gradients.
+            retry=processes.count() == 1,
+            where=f"step {tally.step + 1}",
+            batch=len(images),
+        )
+        tally.memory = tally.memory or tally.micro < before
+        return sums
 
-    logits, teacher [B, C]; labels int64 [B] or probabilities [B, C].
-    """
-    loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
-    if teacher is None or options.distill == 0:
-        return loss
-    t = options.temperature
-    soft = F.kl_div(
-        F.log_softmax(logits / t, -1), F.log_softmax(teacher / t, -1), log_target=True, reduction="batchmean"
-    )
-    return (1 - options.distill) * loss + options.distill * t * t * soft
+    def _whole(self, images: Tensor, labels: Tensor, in_all: int, micro: int) -> Tensor:
+        sums = torch.zeros(3, device=images.device)
+        chunks = [(images[i : i + micro], labels[i : i + micro]) for i in range(0, len(images), micro)]
+        for index, (x, y) in enumerate(chunks):
+            # Gradients are averaged over processes: each weighs as much as it has images.
+            share = len(x) * processes.count() / in_all
+            with self._accelerator.no_sync(self._model) if index < len(chunks) - 1 else nullcontext():
+                logits = self._model(pixel_values=x).logits.float()
+                loss = self._task.loss(logits, x, y, self._accelerator)
+                self._accelerator.backward((loss + self._hook.penalty()) * share)
+            hard = y if y.ndim == 1 else y.argmax(-1)
+            # Element by element: a tensor made from Python numbers would be a copy to the device in every step.
+            sums[0] += loss.detach() * len(x)
+            sums[1] += (logits.detach().argmax(-1) == hard).sum()
+            sums[2] += len(x)
+        return sums
 
-
-def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of hidden states [B, N, D], over the variance that each of the teacher's tokens has over D.
-
-    1 where the student gives every token's mean: the same weight means the same for every model. As FitNets (Romero
-    et al., 2015) without a projection: pruning leaves the width of the embedding alone.
-    """
-    error = (student - teacher).square().mean(-1)
-    # A token that is the same in all D says nothing of a scale; it must not divide by 0.
-    return (error / teacher.var(-1, correction=0).clamp_min(1e-6)).mean()
-
-
-class _Lesson:
-    """The loss of a micro-batch: against the true labels and, with a teacher, its soft labels for the same images."""
-
-    def __init__(self, teacher: nn.Module | None, options: FitOptions) -> None:
-        self._teacher, self._options = teacher, options
-        if teacher is not None:
-            teacher.eval()
-
-    def loss(self, logits: Tensor, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
-        """logits float32 [B, C] of the student, which has just seen `images` [B, 3, H, W]."""
-        with torch.no_grad(), accelerator.autocast():
-            soft = None if self._teacher is None else self._teacher(pixel_values=images).logits.float()
-        return classification_loss(logits, labels, soft, self._options)
-
-    def close(self) -> None:
-        pass
-
-
-class _FeatureLesson(_Lesson):
-    """The same, and against the teacher's last hidden states."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module, options: FitOptions) -> None:
-        super().__init__(teacher, options)
-        self._taps = [_Tap(model), _Tap(teacher)]
-
-    def loss(self, logits: Tensor, images: Tensor, labels: Tensor, accelerator: Accelerator) -> Tensor:
-        loss = super().loss(logits, images, labels, accelerator)
-        student, teacher = (tap.take() for tap in self._taps)
-        if student.shape != teacher.shape:
-            raise TrainingError(
-                f"distill_features: expected a teacher with hidden states {list(student.shape)} (batch, tokens, "
-                f"width) as the student's, got {list(teacher.shape)}; distil from the dense model, or its logits alone"
-            )
-        return loss + self._options.distill_features * feature_loss(student, teacher)
-
-    def close(self) -> None:
-        for tap in self._taps:
-            tap.close()
-
-
-class _Tap:
-    """What the last of a model's blocks gave in the last forward pass: all tokens, before the final norm.
-
-    A hook, since asking transformers for hidden states would keep, and under autocast copy, those of all blocks.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._name = type(model).__name__
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        if not lists:
-            raise TrainingError(
-                f"distill_features: {self._name}: expected a model with its blocks in a ModuleList, found none; "
-                "distil its logits alone"
-            )
-        self._output: Tensor | None = None
-        self._handle = max(lists, key=len)[-1].register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._output = output if isinstance(output, Tensor) else output[0]
-
-    def take(self) -> Tensor:
-        """Hidden states, float32 [B, N, D], once: the graph behind them is not to outlive its step."""
-        output, self._output = self._output, None
-        if output is None:
-            raise TrainingError(
-                f"distill_features: {self._name}: no hidden states came out of its last block; a model that was "
-                "compiled and used before does not give them: leave out compile"
-            )
-        return output.float()
-
-    def close(self) -> None:
-        self._output = None
-        self._handle.remove()
-
-
-def _make_lesson(model: nn.Module, teacher: nn.Module | None, options: FitOptions) -> _Lesson:
-    if options.distill_features == 0:
-        return _Lesson(teacher, options)
-    if teacher is None:
-        raise TrainingError("distill_features: expected a teacher, got none; set it to 0 or give fit() one")
-    return _FeatureLesson(model, teacher, options)
-
-
-def make_optimizers(model: nn.Module, options: FitOptions) -> list[torch.optim.Optimizer]:
-    """AdamW with no decay on norms, biases, embeddings and tokens; with `muon`, Muon on the blocks' matrices first."""
-    matrices: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    linears = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        name = linears.get(id(parameter))
-        if name is None:
-            # Convolutional patch embeddings decay too; tokens, positions, norms and biases do not.
-            (decayed if parameter.ndim == 4 else plain).append(parameter)
-        elif options.optimizer == "muon" and "classifier" not in name:
-            matrices.append(parameter)
-        else:
-            decayed.append(parameter)
-    lr = options.lr * (0.075 if matrices else 1.0)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr=lr, fused=True)
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon(matrices, lr=options.lr, weight_decay=options.weight_decay)
-    return [muon, adamw]
-
-
-def rate_factor(steps: int, options: FitOptions) -> Callable[[int], float]:
-    """Fraction of the peak learning rate at a step in [0, steps)."""
-    warm = options.warmup * steps
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        if options.decay == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
-
-    return factor
+    def _forget(self) -> None:
+        """What a pass that ran out of memory has left behind."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        self._hook.clear()
+        self._task.clear()
 
 
 def _set_rates(optimizers: Sequence[Any], peaks: Sequence[Sequence[float]], factor: float) -> None:
@@ -397,12 +294,13 @@ def _set_rates(optimizers: Sequence[Any], peaks: Sequence[Sequence[float]], fact
 
 
 class _Tally:
-    """Counts steps, sums and time for the progress report."""
+    """Counts steps, sums and time for the progress report, and what went wrong."""
 
     def __init__(self, steps: int, options: FitOptions, device: torch.device) -> None:
         self.step, self.steps, self.epoch, self.epochs = 0, steps, 0, math.ceil(options.epochs)
+        self.skipped, self._streak, self._bad_epoch = 0, 0, 0
+        self.micro, self.memory = 0, False
         self._sums = torch.zeros(3, device=device)
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
         self._began = time.monotonic()
 
     def start(self, epoch: int, *, fresh: bool = True) -> None:
@@ -411,29 +309,44 @@ class _Tally:
             self._sums = torch.zeros_like(self._sums)
 
     def state_dict(self) -> State:
-        seconds = time.monotonic() - self._began
-        return {"step": self.step, "sums": self._sums, "first_bad": self._first_bad, "seconds": seconds}
+        return {
+            "step": self.step,
+            "sums": self._sums,
+            "skipped": [self.skipped, self._streak, self._bad_epoch],
+            "micro": [self.micro, int(self.memory)],
+            "seconds": time.monotonic() - self._began,
+        }
 
     def load_state_dict(self, state: State) -> None:
         self.step = state["step"]
         self._sums = state["sums"].to(self._sums.device)
-        self._first_bad = state["first_bad"].to(self._first_bad.device)
+        self.skipped, self._streak, self._bad_epoch = state["skipped"]
+        self.micro, self.memory = state["micro"][0], bool(state["micro"][1])
         self._began = time.monotonic() - state["seconds"]
 
     def add(self, sums: Tensor) -> None:
         self._sums = self._sums + sums
         self.step += 1
-        bad = ~sums[0].isfinite() & (self._first_bad == 0)
-        self._first_bad = torch.where(bad, self.step, self._first_bad)
-        if self.step % CHECK_EVERY == 0:
-            self.check()
+        self._streak = 0
 
-    def check(self) -> None:
-        if step := int(self._first_bad):
-            raise TrainingError(
-                f"the loss is no longer finite at step {step} of {self.steps} (epoch {self.epoch + 1}); "
-                "lower the learning rate or train in float32"
-            )
+    def skip(self, model: nn.Module) -> None:
+        """Count a step that was left out. Raises TrainingError where there is no hope for the next."""
+        self.step += 1
+        self.skipped += 1
+        self._streak += 1
+        self._bad_epoch = self.epoch if self._streak == 1 else self._bad_epoch
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            why = ", since the weights are not"
+        elif self._streak >= BAD_IN_A_ROW:
+            why = f" and in the {self._streak - 1} steps after it"
+        elif self.skipped > BAD_SHARE * self.steps:
+            why = f", and {self.skipped} of {self.step} steps were left out for that"
+        else:
+            return
+        where = f"step {self.step - self._streak + 1} of {self.steps} (epoch {self._bad_epoch + 1})"
+        raise TrainingError(
+            f"loss or gradients are no longer finite at {where}{why}; lower the learning rate or train in float32"
+        )
 
     def progress(self, lr: float, images: int, hook: Hook) -> Progress:
         seconds = (time.monotonic() - self._began) / self.step
@@ -448,41 +361,3 @@ class _Tally:
             extra=hook.metrics(),
             sums=self._sums,
         )
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy in [0, 1] and mean cross-entropy over `images` images."""
-
-    accuracy: float
-    loss: float
-    images: int
-
-
-@torch.no_grad()
-def evaluate(
-    models: Mapping[str, nn.Module], batches: Batches, *, accelerator: Accelerator, autocast: bool = False
-) -> dict[str, Score]:
-    """Score of each model in one pass over the split.
-
-    Without `autocast` in the models' own precision, for results: a masked model and its slimmed twin must not differ
-    by rounding. With it as in training, for a quick look.
-    """
-    sums = {name: torch.zeros(3, device=accelerator.device, dtype=torch.float64) for name in models}
-    training = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    for images, labels in batches:
-        for name, model in models.items():
-            with accelerator.autocast() if autocast else nullcontext():
-                logits = model(pixel_values=images).logits.float()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            correct = (logits.argmax(-1) == labels).sum()
-            sums[name] += torch.stack([correct, loss, torch.tensor(len(labels), device=loss.device)])
-    for name, model in models.items():
-        model.train(training[name])
-    result = {}
-    for name, counts in sums.items():
-        right, total, seen = (float(v) for v in accelerator.reduce(counts, reduction="sum"))
-        result[name] = Score(right / seen, total / seen, int(seen))
-    return result

@@ -22,6 +22,7 @@ SHOWING = {
     "export",
     "exporters",
     "folder",
+    "lock",
     "meters",
     "plots",
     "report",

@@ -1,16 +1,21 @@
 """A run that is stopped goes on to the result it would have had, bit for bit."""
 
+import contextlib
 import json
+import locale
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from upop import checkpoint
+from upop import checkpoint, losses, stages, train
 from upop.config import make_config
 from upop.errors import StopError, UpopError
 from upop.run import prune, resume
@@ -167,6 +172,123 @@ def test_a_killed_process_goes_on_to_the_same_bits(whole, tmp_path, number):
         assert said.splitlines()[-1].endswith(f"stopped by {number.name}; go on with --resume {out}")
     subprocess.run([*command, "--resume", str(out)], check=True, capture_output=True)
     assert numbers(out) == whole
+
+
+@pytest.mark.slow
+def test_a_dozen_kills_at_random_moments_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import soak
+
+    found = soak.soak(tmp_path, minutes=5, kills=12, seed=1)
+    assert found["kills"] >= 12
+    assert found["violations"] == []
+
+
+# ---------------------------------------------------------------- numbers that cannot lie
+
+
+def test_clock_locale_and_time_zone_change_no_number(whole, tmp_path, monkeypatch):
+    for name in ("tr_TR.UTF-8", "de_DE.UTF-8", "C.UTF-8"):
+        with contextlib.suppress(locale.Error):
+            monkeypatch.setenv("LC_ALL", locale.setlocale(locale.LC_ALL, name))
+            break
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    time.tzset()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 7e8)
+    try:
+        prune(make_config({**OPTIONS, "out": str(tmp_path / "run")}))
+    finally:
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        monkeypatch.undo()
+        time.tzset()
+    assert numbers(tmp_path / "run") == whole
+
+
+def spoiled(monkeypatch, calls):
+    """Make the loss of some forward passes in training, counted from 1, no number."""
+    count, loss = iter(range(1, 10_000)), losses.classification_loss
+    spoil = lambda *args: loss(*args) * (math.nan if next(count) in calls else 1.0)  # noqa: E731
+    monkeypatch.setattr(losses, "classification_loss", spoil)
+
+
+@pytest.mark.parametrize("method", ["upop", "unified"])
+def test_steps_that_are_not_finite_are_said_in_the_result(tmp_path, monkeypatch, method):
+    # 16 steps of the dense stage, 12 of the search, 8 of retraining, which may lose none.
+    spoiled(monkeypatch, {4, 20})
+    result = prune(make_config({**OPTIONS, "method": method, "out": str(tmp_path / "run")}))
+    assert {stage: each["skipped_steps"] for stage, each in result["training"].items()} == {
+        "dense": 1,
+        "search": 1,
+        "retrain": 0,
+    }
+    assert [line for line in result["warnings"] if "left out" in line] == [
+        f"{stage}: 1 steps were left out: loss or gradients were not finite" for stage in ("dense", "search")
+    ]
+    assert result["params"]["after"] / result["params"]["before"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_run_whose_loss_breaks_names_what_it_has_kept(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    spoiled(monkeypatch, range(20, 100))
+    with pytest.raises(UpopError) as error:
+        prune(make_config({**OPTIONS, "out": str(out)}))
+    assert re.match(
+        rf"search: loss or gradients are no longer finite at step \d+ of 12 .*; the last good weights are in "
+        rf"{out}/last-good; the last checkpoint is in {out}/checkpoints$",
+        str(error.value),
+    )
+    assert not (out / "result.json").exists()
+    assert all(value.isfinite().all() for value in checkpoint.latest(out / "checkpoints")["model"].values())
+
+
+class Poisons(Breaks):
+    """Breaks the weights themselves, after a step, when a checkpoint is about to be written."""
+
+    def __init__(self, models):
+        super().__init__("search", 5)
+        self.models = models
+
+    def progress(self, progress):
+        if (self.now, progress.step) == self.where:
+            with torch.no_grad():
+                self.models[-1].classifier.weight.fill_(math.nan)
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path, monkeypatch):
+    models, fit, out = [], stages.fit, tmp_path / "run"
+    monkeypatch.setattr(stages, "fit", lambda model, *args, **more: models.append(model) or fit(model, *args, **more))
+    with pytest.raises(UpopError, match=r"search: weights are no longer finite; .* the last checkpoint is in"):
+        prune(make_config({**OPTIONS, "out": str(out)}), observer=Poisons(models))
+    state = checkpoint.latest(out / "checkpoints")
+    assert state["fit"]["tally"]["step"] == 4
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_run_short_of_memory_says_what_it_did(tmp_path, monkeypatch, caplog):
+    whole_batch = train._Passes._whole
+
+    def short(self, images, labels, in_all, micro):
+        if micro > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole_batch(self, images, labels, in_all, micro)
+
+    monkeypatch.setattr(train._Passes, "_whole", short)
+    result = prune(make_config({**OPTIONS, "epochs_dense": 1, "epochs_retrain": 0.5, "out": str(tmp_path / "run")}))
+    assert {each["micro_batch"] for each in result["training"].values()} == {16}
+    assert "dense: memory ran out; micro-batches of 16 images, the same steps" in result["warnings"]
+    assert "step 1: out of memory with 64 images at a time; going on with 32, same batch" in caplog.text
+    assert "memory" in (tmp_path / "run/log").read_text()
+
+
+def test_a_run_that_was_killed_after_its_last_word_is_tidied_by_resume(tmp_path):
+    folder = tmp_path / "run"
+    for name in ("checkpoints/00000001", "last-good"):
+        (folder / name).mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(UpopError, match="this run is complete"):
+        resume(folder)
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
 
 
 # ---------------------------------------------------------------- the format

@@ -584,3 +584,43 @@ def test_a_threshold_refuses_units_that_fall_together(make_model, options):
 def test_an_align_for_a_kind_that_is_not_ranked_is_refused(make_model):
     with pytest.raises(UpopError, match=r"align: expected one of attn, mlp, got 'dims'"):
         Search(make_model(), target=HALF, steps=3, align={"dims": 8})
+
+
+# ---------------------------------------------------------------- steps that are left out
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_order": "authors"}, {"method": "taylor", "shrink": "progressive"}])
+def test_a_skipped_step_counts_and_adds_nothing_to_the_scores(make_model, options):
+    gradients = random_gradients(Search(make_model(), target=HALF, steps=5).structures, 5)
+    search = Search(make_model(), target=HALF, steps=5, **options)
+    feed(search, gradients[0])
+    before = search.state_dict()
+    for name, mask in search.masks.values.items():
+        mask.grad = torch.full_like(mask, math.nan) if name == "mlp.1" else torch.ones_like(mask)
+    assert not search.finite()
+    search.penalty().backward()
+    search.skip()
+    after = search.state_dict()
+    assert after["steps_done"] == 2
+    assert after["ratio"] > before["ratio"], "masks go on along the schedule"
+    assert equal(before["scores"], after["scores"])
+    assert search.finite()
+    for now in gradients[2:]:
+        feed(search, now)
+    assert search.done
+    assert set(torch.cat(list(values(search).values())).tolist()) == {0.0, 1.0}
+    search.skip()
+    assert search.steps_done == 5
+
+
+def test_cleared_gradients_are_as_if_there_had_been_no_backward(make_model):
+    one, other = (Search(make_model(), target=HALF, steps=3) for _ in range(2))
+    gradients = random_gradients(one.structures, 3)
+    for mask in other.masks.values.values():
+        mask.grad = torch.full_like(mask, math.inf)
+    other.penalty().backward()
+    other.clear()
+    for now in gradients:
+        feed(one, now)
+        feed(other, now)
+    assert equal(one.state_dict()["scores"], other.state_dict()["scores"])

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 from upop.data import Batches, MemorySplit
 from upop.errors import TrainingError
-from upop.train import FitOptions, classification_loss, evaluate, feature_loss, fit, make_optimizers, rate_factor
+from upop.evaluation import evaluate
+from upop.losses import classification_loss, feature_loss
+from upop.recipe import FitOptions, make_optimizers, rate_factor
+from upop.train import NoHook, fit
 
 
 @pytest.fixture
@@ -101,15 +104,12 @@ def test_a_hook_is_called_once_per_optimizer_step_and_its_penalty_trains(make_mo
     extra = torch.ones(3, requires_grad=True)
     calls = []
 
-    class Hook:
+    class Hook(NoHook):
         def penalty(self):
             return extra.sum()
 
         def step(self):
             calls.append(extra.grad.clone())
-
-        def groups(self):
-            return []
 
         def metrics(self):
             return {"ratio": 0.25}
@@ -293,3 +293,163 @@ def test_features_say_what_they_need(make_model, split, accelerator):
         fit(make_model("vit", labels=4), train, options, accelerator=accelerator, teacher=wide)
     with pytest.raises(TrainingError, match=r"Sequential: .* blocks in a ModuleList, found none"):
         fit(torch.nn.Sequential(torch.nn.Linear(2, 2)), train, options, accelerator=accelerator, teacher=wide)
+
+
+# ---------------------------------------------------------------- numbers that are none, memory that is short
+
+
+def broken_at(model, steps, *, value=math.nan, where="loss"):
+    """Make loss or gradients of some forward passes (counted from 1) `value`."""
+    count = iter(range(1, 1000))
+
+    def spoil(module, inputs, output):
+        if next(count) in steps:
+            if where == "loss":
+                output.logits = output.logits * value
+            else:
+                output.logits.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+    return model.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["loss", "gradients"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(make_model, split, accelerator, value, where, clip):
+    model, calls, seen = make_model("vit", labels=4), [], []
+
+    class Hook(NoHook):
+        def step(self):
+            calls.append("step")
+
+        def skip(self):
+            calls.append("skip")
+
+    weights = []
+    handle = broken_at(model, {2, 8}, value=value, where=where)
+
+    def look(progress):
+        weights.append(model.classifier.weight.detach().clone())
+        seen.append(progress.loss)
+
+    options = FitOptions(epochs=7, lr=1e-3, clip=clip)
+    fitted = fit(model, batches(split, train=True), options, accelerator=accelerator, hook=Hook(), report=look)
+    handle.remove()
+    assert fitted.skipped == 2
+    assert calls == ["skip" if step in (2, 8) else "step" for step in range(1, 22)]
+    assert torch.equal(weights[1], weights[0]), "weights stay as they are"
+    assert not torch.equal(weights[2], weights[1])
+    assert all(math.isfinite(loss) for loss in seen)
+
+
+def test_five_steps_in_a_row_or_a_tenth_of_all_end_the_training(make_model, split, accelerator):
+    train = batches(split, train=True)
+    model = make_model("vit", labels=4)
+    broken_at(model, range(9, 100))
+    with pytest.raises(TrainingError, match=r"at step 9 of 60 \(epoch 3\) and in the 4 steps after it; lower the"):
+        fit(model, train, FitOptions(epochs=20, lr=1e-4), accelerator=accelerator)
+    model = make_model("vit", labels=4)
+    broken_at(model, range(2, 100, 2))
+    with pytest.raises(TrainingError, match=r"at step 8 of 30 \(epoch 3\), and 4 of 8 steps were left out for that"):
+        fit(model, train, FitOptions(epochs=10, lr=1e-4), accelerator=accelerator)
+
+
+def test_what_was_left_out_is_kept_over_an_interruption(make_model, split, accelerator):
+    whole, kept = make_model("vit", labels=4), []
+    resumed = copy.deepcopy(whole)
+    options = FitOptions(epochs=7, lr=1e-3)
+    handle = broken_at(whole, {2})
+    common = {"accelerator": accelerator}
+    keep = lambda state: kept.append(copy.deepcopy((state(), whole.state_dict())))  # noqa: E731
+    fit(whole, batches(split, train=True), options, keep=keep, **common)
+    handle.remove()
+    resumed.load_state_dict(kept[4][1])
+    assert fit(resumed, batches(split, train=True), options, start=kept[4][0], **common).skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def short_of_memory(model, images, error):
+    """Let forward passes of more than `images` images run out of memory."""
+
+    def refuse(module, arguments, keywords):
+        if len(keywords["pixel_values"]) > images:
+            raise error
+
+    return model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+NO_MEMORY = [
+    MemoryError("Unable to allocate 8.00 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_makes_micro_batches_smaller_and_no_step_other(
+    make_model, split, accelerator, error, caplog
+):
+    plain, short = make_model("vit", labels=4), make_model("vit", labels=4)
+    short_of_memory(short, 9, error)
+    options = FitOptions(epochs=2, lr=1e-3)
+    train = batches(split, train=True)
+    eights = FitOptions(epochs=2, lr=1e-3, accumulate=4)
+    assert not fit(plain, train, eights, accelerator=accelerator).memory
+    calls = []
+
+    class Hook(NoHook):
+        def step(self):
+            calls.append("step")
+
+        def clear(self):
+            calls.append("clear")
+
+    fitted = fit(short, train, options, accelerator=accelerator, hook=Hook())
+    assert (fitted.micro_batch, fitted.memory) == (8, True)
+    assert calls == ["clear"] * 2 + ["step"] * 6, "the first step is done again, no other"
+    said = [record.message for record in caplog.records if record.name == "upop.memory"]
+    assert said == [
+        f"step 1: out of memory with {n} images at a time; going on with {n // 2}, same batch" for n in (32, 16)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), short.parameters(), strict=True))
+
+
+def test_memory_that_runs_out_half_way_through_a_batch_leaves_no_gradient(make_model, split, accelerator):
+    plain, short = make_model("vit", labels=4), make_model("vit", labels=4)
+    count = iter(range(1, 1000))
+
+    def refuse(module, arguments, keywords):
+        if next(count) == 2:
+            raise MemoryError
+
+    short.register_forward_pre_hook(refuse, with_kwargs=True)
+    for model, accumulate in ((plain, 4), (short, 2)):
+        options = FitOptions(epochs=1 / 3, lr=1e-3, accumulate=accumulate)
+        fit(model, batches(split, train=True), options, accelerator=accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), short.parameters(), strict=True))
+
+
+def test_too_little_memory_for_one_image_is_one_line(make_model, split, accelerator):
+    model = make_model("vit", labels=4)
+    short_of_memory(model, 0, MemoryError())
+    with pytest.raises(TrainingError, match="step 1: out of memory with a single image at a time; use a smaller"):
+        fit(model, batches(split, train=True), OPTIONS, accelerator=accelerator)
+
+
+def test_other_errors_are_no_lack_of_memory(make_model, split, accelerator):
+    model = make_model("vit", labels=4)
+    short_of_memory(model, 4, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fit(model, batches(split, train=True), OPTIONS, accelerator=accelerator)
+
+
+def test_evaluation_that_runs_out_of_memory_counts_every_image_once(make_model, split, accelerator):
+    model = make_model("vit", labels=4)
+    data = batches(split, batch_size=40)
+    whole = evaluate({"m": model}, data, accelerator=accelerator)["m"]
+    short_of_memory(model, 7, NO_MEMORY[2])
+    parts = evaluate({"m": model}, data, accelerator=accelerator)["m"]
+    assert (parts.images, parts.accuracy) == (96, whole.accuracy)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)

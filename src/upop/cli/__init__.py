@@ -33,6 +33,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: runs the command line; bad input ends in one line on stderr and exit code 2."""
     keep_freed_memory()
+    _take_debug()
     try:
         code = app(standalone_mode=False, prog_name="upop")
     except StopError as error:
@@ -49,24 +50,49 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = _fail(f"{where}{error.strerror or error}", error)
+    except MemoryError as error:
+        code = _fail(f"out of memory{f' ({error})' if str(error) else ''}; close other programs or take less", error)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as error:
+        # A mistake of ours, not of the user's: said as that, in one line too.
+        _fail(f"failed unexpectedly ({type(error).__name__}: {error}); add --debug to see where, and report it", error)
+        code = 1
     if code == 130:
         err.print("upop: interrupted; what was written so far stays")
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _take_debug() -> None:
+    """Understand --debug before, among and after the options of any command; it is no part of what a run is."""
+    if "--debug" in sys.argv[1:]:
+        sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
+        os.environ["UPOP_DEBUG"] = "1"  # for processes that this one starts as well
+
+
 def _fail(message: str, error: Exception) -> int:
     if os.environ.get("UPOP_DEBUG"):
         raise error
-    err.print("upop: " + " ".join(message.split()))
+    line = " ".join(message.split())
+    if not _said_by_another(line):
+        err.print("upop: " + line)
     return 2
+
+
+def _said_by_another(line: str) -> bool:
+    """Whether another process of the same run says this line, so that it need not be read twice."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from upop.processes import said_by_first
+
+    return said_by_first(line)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also after any command.")] = False,
 ) -> None:
     if version:
         out.print(f"upop {__version__}")

@@ -19,6 +19,14 @@ out = Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
+class _Warnings(logging.Handler):
+    """Shows what the library warns of while a run goes on, above the bar; errors end the run and are shown then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.ERROR:
+            out.print(f"warning: {record.getMessage()}", style="yellow", markup=False)
+
+
 class Watcher:
     """Shows a run's progress: a bar on a terminal, a line per epoch elsewhere."""
 
@@ -32,12 +40,15 @@ class Watcher:
         self._task: TaskID | None = None
         self._latest: Any = None
         self._name, self._began, self._shown = "", 0.0, 0.0
+        self._warnings = _Warnings(logging.WARNING)
 
     def __enter__(self) -> "Watcher":
         self._bar.start()
+        logging.getLogger("upop").addHandler(self._warnings)
         return self
 
     def __exit__(self, *args: object) -> None:
+        logging.getLogger("upop").removeHandler(self._warnings)
         self._bar.stop()
 
     def stage(self, name: str, about: str) -> None:

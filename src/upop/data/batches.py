@@ -1,5 +1,5 @@
 """Batches of one split: picked, augmented, resized and normalised on the device.
-Must not read files; order and draws depend on nothing but (seed, epoch, batch, rank).
+Must not read files; order and draws depend on nothing but (seed, epoch, batch), whatever the number of ranks.
 
 Shapes: B this rank's share of a batch, C classes, h/w stored size, n images of the split.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from upop.augment import Augment
+from upop.augment import Augment, Share
 from upop.data.splits import MemorySplit, Split, StreamSplit
 from upop.errors import DataError
 
@@ -23,6 +23,9 @@ class Batches:
     `batch_size` counts all ranks; a rank gets its contiguous share of every batch. Training batches are
     shuffled and augmented, and an incomplete last one is dropped unless it is the only one. Without `train`
     all images come once, in order, and `augment` is not used. `workers` processes decode a streamed split.
+
+    A batch is the same however many ranks share it; but where a streamed split is mixed (mixup, cutmix), partners are
+    found within a rank's share, so that nobody decodes the images of others.
     """
 
     def __init__(
@@ -47,6 +50,10 @@ class Batches:
         self.split, self.device = split, torch.device(device)
         self.size, self.num_classes, self.train = size, num_classes, train
         self.augment = augment if train else None
+        mixes = world > 1 and self.augment is not None and self.augment.mixes
+        # What is mixed needs its partners: in memory the whole batch is at hand.
+        in_memory = isinstance(split, MemorySplit)
+        self._whole, self._alone = mixes and in_memory, mixes and not in_memory
         self.batch_size = min(batch_size, len(split)) if train else batch_size
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.labels = split.labels.to(self.device)
@@ -86,7 +93,8 @@ class Batches:
 
     def _pick(self, order: Tensor, batch: int) -> Tensor:
         first = batch * self.batch_size
-        low, high = self._share(min(self.batch_size, len(order) - first))
+        count = min(self.batch_size, len(order) - first)
+        low, high = (0, count) if self._whole else self._share(count)
         return order[first + low : first + high]
 
     def _share(self, count: int) -> tuple[int, int]:
@@ -109,8 +117,14 @@ class Batches:
     def _prepare(self, images: Tensor, labels: Tensor, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         pixels = _square(images).float().div_(255)
         if self.augment is not None:
-            generator = _generator(self.seed, *place, self.rank)
-            pixels, labels = self.augment(pixels, labels, num_classes=self.num_classes, generator=generator)
+            generator = _generator(self.seed, *place, self.rank if self._alone else 0)
+            low, high = self._share(self.batch_size)
+            share = None if self.augment.mixes else Share(low, self.batch_size)
+            pixels, labels = self.augment(
+                pixels, labels, num_classes=self.num_classes, generator=generator, share=share
+            )
+            if self._whole:
+                pixels, labels = pixels[low:high], labels[low:high]
         return (resize(pixels, self.size) - self.mean) / self.std, labels
 
 

@@ -1,0 +1,205 @@
+"""Does a run survive being killed, over and over? SIGKILL at random moments of all stages, for a stated time.
+
+A small run is done once undisturbed. Then the same run is begun again and again, killed at a random moment, taken up,
+killed again, until it is complete; its result must then be that of the undisturbed run, bit for bit. After every kill
+the folder is looked at: checkpoints must be whole, a result must only be there if the run is complete, and then no
+file may be left that a write has not finished. Last, a long search in one process: memory and open files must stay
+flat.
+
+    nice -n 19 python benchmarks/soak.py --minutes 60 --json benchmarks/results/soak.json
+
+Attempts are forked from one process that has imported everything: each is what `upop prune --go-on` does, without the
+seconds that imports take.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from common import provenance
+
+from upop import Search, Target, checkpoint
+from upop.cli.show import quiet_libraries
+from upop.config import PruneConfig, make_config
+from upop.errors import UpopError
+from upop.models import load_model
+from upop.run import prune
+
+OPTIONS = {
+    "model": "deit-digits",
+    "data": "digits",
+    "epochs_dense": 1,
+    "epochs_search": 1.5,
+    "epochs_retrain": 1,
+    "batch_size": 64,
+    "subset": 384,
+    "flip": False,
+    "threads": 1,
+    "device": "cpu",
+    "latency_seconds": 0.02,
+    "checkpoint_minutes": 1e-9,  # before every step
+}
+# What must not depend on kills.
+NUMBERS = ("weights", "accuracy", "loss", "widths", "gap", "ratio", "trajectory", "params", "macs", "training")
+SEARCH_STEPS = 3000
+KEPT = {"model", "dense", "slim", "result.json", "config.toml", "metrics.jsonl", "log", "trace.npz", "widths.png"} | {
+    "stages.png",
+    ".upop-run",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--kills", type=int, help="end after so many kills, if that comes first")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="where runs are (a temporary folder); kept where there is a fault")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here")
+    args = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="upop-soak-"))
+    found = soak(folder, minutes=args.minutes, kills=args.kills, seed=args.seed)
+    found["search"] = long_search(SEARCH_STEPS)
+    for key, value in found.items():
+        print(f"{key}: {value}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(provenance() | found, indent=1) + "\n")
+    sys.exit(1 if found["violations"] else 0)
+
+
+def soak(folder: Path, *, minutes: float, kills: int | None, seed: int) -> dict[str, object]:
+    """Kill and take up runs below `folder`; returns counts, and what went wrong in words."""
+    draw = random.Random(seed)
+    began = time.monotonic()
+    (reference,) = [attempt(folder / "whole", None)]
+    assert reference is None, "the undisturbed run must end by itself"
+    seconds = time.monotonic() - began
+    wanted, violations = numbers(folder / "whole"), []
+    killed: collections.Counter[str] = collections.Counter()
+    complete = 0
+    while time.monotonic() - began < 60 * minutes and (kills is None or killed.total() < kills):
+        out = folder / f"run-{complete}"
+        while not (out / "result.json").exists() or (out / "checkpoints").exists():
+            # Anywhere in what is left, and a little beyond: some attempts must come to their end.
+            stage = attempt(out, draw.uniform(0, 1.1 * seconds))
+            if stage is not None:
+                killed[stage] += 1
+                violations += [f"{out.name} after kill {killed.total()} in {stage}: {w}" for w in faults(out)]
+        complete += 1
+        violations += [f"{out.name}, complete: {w}" for w in faults(out)]
+        if numbers(out) != wanted:
+            violations.append(f"{out.name}: another result than the undisturbed run")
+        print(f"{killed.total()} kills, {complete} runs, {len(violations)} violations", flush=True)
+    return {
+        "kills": killed.total(),
+        "kills_per_stage": dict(killed),
+        "runs_complete": complete,
+        "violations": violations,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "seconds_undisturbed": round(seconds, 2),
+    }
+
+
+def attempt(out: Path, seconds: float | None) -> str | None:
+    """Begin or take up the run in `out`; the stage in which it was killed after `seconds`, None where it has ended."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # what it starts is killed with it
+        with contextlib.suppress(BaseException):
+            prune(config(out), go_on=True)
+            os._exit(0)
+        os._exit(1)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            if status:
+                raise SystemExit(f"{out}: the run ended with status {status}; see {out / 'log'}")
+            return None
+        if deadline is not None and time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            return stage_of(out) if os.WIFSIGNALED(status) else None
+        time.sleep(0.002)
+
+
+def config(out: Path) -> PruneConfig:
+    return make_config({**OPTIONS, "out": str(out)})
+
+
+def stage_of(out: Path) -> str:
+    """Where the log says that a run was."""
+    found = "start"
+    with contextlib.suppress(OSError):
+        for line in (out / "log").read_text(encoding="utf-8").splitlines():
+            words = line.partition("upop.stages: ")[2]
+            name = words.partition(":")[0]
+            if name in ("dense", "search", "retrain", "evaluate"):
+                found = name
+            elif words.startswith("checkpoint"):
+                found = words.rpartition(" ")[2]
+    return found
+
+
+def faults(out: Path) -> list[str]:
+    """What a kill must never leave: an unreadable checkpoint, a result that is none, files of unfinished writes."""
+    found = []
+    for path in (out / "checkpoints").glob("[0-9]*"):
+        try:
+            checkpoint.read(path)
+        except UpopError as error:
+            found.append(f"unreadable checkpoint: {error}")
+    if (out / "result.json").exists():
+        try:
+            result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+            found += [] if result["status"] == "complete" else ["a result that says it is not complete"]
+        except (ValueError, KeyError) as error:
+            found.append(f"a result that cannot be read: {error}")
+    return found
+
+
+def numbers(out: Path) -> tuple[object, object, bytes]:
+    """Results, metrics and the trace of a complete run, less what a clock says; and what else lies in the folder."""
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line.pop("images_per_s")
+    others = sorted({path.name for path in out.iterdir()} - KEPT)
+    return {key: result[key] for key in NUMBERS} | {"left over": others}, lines, (out / "trace.npz").read_bytes()
+
+
+def long_search(steps: int) -> dict[str, object]:
+    """A search of many steps in this process: memory (MiB) and open files after each tenth of it."""
+    model, me = load_model("deit-digits").model, psutil.Process()
+    search = Search(model, target=Target(params=0.5), steps=steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    memory, files = [], []
+    for step in range(1, steps + 1):
+        loss = torch.nn.functional.cross_entropy(model(pixel_values=images).logits, labels)
+        (loss + search.penalty()).backward()
+        optimizer.step()
+        search.step()
+        optimizer.zero_grad()
+        if step % (steps // 10) == 0:
+            memory.append(round(me.memory_info().rss / 2**20, 1))
+            files.append(me.num_fds())
+    halves = statistics.fmean(memory[:5]), statistics.fmean(memory[5:])
+    return {"steps": steps, "memory_mib": memory, "growth_mib": round(halves[1] - halves[0], 2), "open_files": files}
+
+
+if __name__ == "__main__":
+    main()

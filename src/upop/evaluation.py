@@ -1,0 +1,66 @@
+"""Accuracy and loss of models on a split, every image counted once, over all processes.
+
+Must not train, and must not decide which split is read.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from upop import processes
+from upop.data import Batches
+from upop.memory import within_memory
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in [0, 1] and mean cross-entropy over `images` images."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(
+    models: Mapping[str, nn.Module], batches: Batches, *, accelerator: Accelerator, autocast: bool = False
+) -> dict[str, Score]:
+    """Score of each model in one pass over the split.
+
+    Without `autocast` in the models' own precision, for results: a masked model and its slimmed twin must not differ
+    by rounding. With it as in training, for a quick look. Where memory runs out, fewer images go through at once.
+    """
+    training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+
+    def sums_in(micro: int) -> dict[str, Tensor]:
+        sums = {name: torch.zeros(3, device=accelerator.device, dtype=torch.float64) for name in models}
+        for images, labels in batches:
+            for i in range(0, len(images), micro):
+                x, y = images[i : i + micro], labels[i : i + micro]
+                for name, model in models.items():
+                    with accelerator.autocast() if autocast else nullcontext():
+                        logits = model(pixel_values=x).logits.float()
+                    loss = F.cross_entropy(logits, y, reduction="sum")
+                    correct = (logits.argmax(-1) == y).sum()
+                    sums[name] += torch.stack([correct, loss, torch.tensor(len(y), device=loss.device)])
+        return sums
+
+    # Nothing is asked of other processes before the end: each may go at its own pace.
+    sums, _ = within_memory(
+        batches.batch_size, sums_in, forget=lambda: None, retry=True, where="evaluate", batch=batches.batch_size
+    )
+    for name, model in models.items():
+        model.train(training[name])
+    result = {}
+    for name, counts in sums.items():
+        right, total, seen = (float(v) for v in processes.add_up_(counts))
+        assert seen == len(batches.split), "every image counts once, in one process"
+        result[name] = Score(right / seen, total / seen, int(seen))
+    return result
