@@ -83,3 +83,13 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_every_field_says_what_it_is_for():
     assert all(info.description for info in PruneConfig.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "kernel"), [("cpu", "bf16", "eager"), ("cpu", "fp32", "sdpa"), ("cuda", "bf16", "sdpa")]
+)
+def test_the_attention_kernel_is_the_one_that_trains_faster_unless_one_is_asked_for(device, precision, kernel):
+    values = {"model": "m", "data": "d", "out": "o", "precision": precision}
+    assert make_config(values).resolve(trained=True, device_type=device).attention == kernel
+    asked = make_config(values | {"attention": "eager"})
+    assert asked.resolve(trained=True, device_type=device).attention == "eager"
