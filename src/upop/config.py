@@ -242,8 +242,8 @@ class PruneConfig(BaseModel):
         lr_retrain = self.lr_retrain or (lr if trained else lr / 4)
         fast = "bf16" if _has_bf16(device_type) else "fp32"
         precision = fast if self.precision == "auto" else self.precision
-        # A training step on CPUs at 17 to 197 tokens: in bfloat16 eager takes 0.6 to 0.75 of sdpa's time, whose backward
-        # is slow; in float32 sdpa is a few per cent faster (benchmarks/attention.py).
+        # A training step on CPUs at 17 to 197 tokens: in bfloat16 eager takes 0.6 to 0.8 of the time of sdpa, whose
+        # backward is slow; in float32 sdpa is a few per cent faster (benchmarks/attention.py).
         attention = "eager" if device_type == "cpu" and precision == "bf16" else "sdpa"
         return self.model_copy(
             update={

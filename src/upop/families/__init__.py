@@ -13,7 +13,7 @@ from typing import NoReturn
 from torch import nn
 
 from upop.errors import ModelError
-from upop.families import hf, timm
+from upop.families import hf, timm, torchvision
 from upop.families.parts import attention, blocks, fused_attention, gated_mlp, mlp, packed_mlp
 from upop.kinds import refine
 from upop.structures import Structure
@@ -82,6 +82,7 @@ FAMILIES: list[Family] = [
     Family("Hugging Face CLIP and SigLIP vision towers", hf.CLIP.matches, hf.CLIP.find, _adopt_hf_),
     Family("Hugging Face BEiT", hf.BEIT.matches, hf.BEIT.find, _adopt_hf_),
     Family("models of timm's VisionTransformer blocks", timm.matches, timm.find_structures),
+    Family("torchvision's VisionTransformer", torchvision.matches, torchvision.find_structures),
 ]
 
 
@@ -152,7 +153,7 @@ def _advice(model: nn.Module) -> str:
         if isinstance(module, nn.MultiheadAttention):
             return (
                 f"; {path or 'the model'} is a torch.nn.MultiheadAttention, whose head dims cannot be cut (q, k and v "
-                "are one Parameter as wide as the model): take the same network from timm or transformers, or "
-                "register a family of its MLPs alone (docs/families.md)"
+                "are one Parameter as wide as the model): upop.families.torchvision.split_attentions_ makes them "
+                "Linears; then describe the model, see docs/families.md"
             )
     return "; to describe it yourself, see upop.families.register_family and docs/families.md"
