@@ -325,7 +325,7 @@ def test_windows_are_no_family_yet_and_are_refused_before_anything_is_touched():
 
 def test_torchs_own_attention_is_refused_with_what_to_do():
     model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
-    with pytest.raises(ModelError, match=r"1 is a torch\.nn\.MultiheadAttention, .* split_attentions_ makes them"):
+    with pytest.raises(ModelError, match=r"1 is a torch\.nn\.MultiheadAttention, .*split_attentions_ makes them"):
         find_structures(model)
 
 
