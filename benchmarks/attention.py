@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention.json
 
-Today `attention = auto` is eager on CPUs and sdpa elsewhere (upop.config), whatever the number of tokens: measure, and
-make it a rule of tokens and dtype where these numbers say so.
+What `attention = auto` follows (upop.config): measured on an AMD EPYC with AVX-512 bf16, eager takes 0.60 to 0.80 of
+sdpa's time in bfloat16 and 0.99 to 1.07 in float32, from 17 to 197 tokens. Where other numbers come out, say so.
 """
 
 import argparse
