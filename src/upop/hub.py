@@ -76,7 +76,8 @@ def _known(error: BaseException) -> str | None:
         return f"it answers 429, too many requests; wait some minutes, or {LOGIN}"
     if status is not None and status >= 500:
         return f"it answers {status}; try again later, or give a local folder"
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    # datasets only names it.
+    if isinstance(error, errors.OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(error):
         return "it is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
     if isinstance(error, json.JSONDecodeError):
         return "it answers with something else than JSON, as networks do that want you to sign in first"

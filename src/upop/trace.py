@@ -5,6 +5,7 @@ Knows numpy and files; must not import torch, draw, or know how masks are decide
 Shape suffixes: F frames, S structures, U units of all structures, one structure after the other.
 """
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 256 * 2**20  # unpacked: ten times the largest models in 120 frames
 # What a file can do wrong while numpy reads it, from a missing end to an array that only pickle could load.
-_BROKEN = (OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile)
+_BROKEN = (
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile),
+    # Of an array's header: no Python, or a shape that no memory holds.
+    *(SyntaxError, tokenize.TokenError, MemoryError, OverflowError, TypeError),
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -216,11 +215,9 @@ def read_checkpoint() -> None:
 
 
 def _no_pipes(folder: str, names: list[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if not os.path.isfile(os.path.join(folder, name)) and not os.path.isdir(os.path.join(folder, name))
-    ]
+    """What cannot be copied, or would fill the disk: then it is missing."""
+    paths = {name: Path(folder, name) for name in names}
+    return [n for n, p in paths.items() if not p.is_dir() and not (p.is_file() and p.stat().st_size < 2**24)]
 
 
 def seal_again() -> None:

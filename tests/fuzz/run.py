@@ -241,9 +241,9 @@ def watch(events: int, work: Path) -> None:
 
 
 def wait(child: int, seconds: float) -> tuple[int | None, Any]:
-    """The child's status and usage; None for one that had to be ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """The child's status and usage; None for one that had to be ended. Waiting for a busy machine is not counted."""
+    begun = time.monotonic()
+    while time.monotonic() - begun - queued(child) < seconds:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             return status, usage
@@ -251,6 +251,14 @@ def wait(child: int, seconds: float) -> tuple[int | None, Any]:
     os.kill(child, signal.SIGKILL)
     _, _, usage = os.wait4(child, 0)
     return None, usage
+
+
+def queued(child: int) -> float:
+    """Seconds that a process could have run, had there been a processor for it."""
+    try:
+        return int(Path(f"/proc/{child}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 # The processor's and the system's names come with every result.

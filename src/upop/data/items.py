@@ -120,9 +120,9 @@ def decode(items: Items, index: int, size: Size) -> Pixels:
     try:
         with Image.open(io.BytesIO(items.read(index))) as image:
             # By its header, before anything is decoded: a few bytes can say that they are a gigabyte.
-            if (area := image.size[0] * image.size[1]) > MOST_PIXELS:
-                raise ValueError(f"{area:,} pixels, more than the {MOST_PIXELS:,} that are taken")
-            if isinstance(size, tuple) and _shown(image) != size:
+            area = _area(image)
+            # First without asking how it lies: for that, Pillow decodes a PNG.
+            if isinstance(size, tuple) and (sorted(image.size) != sorted(size) or _shown(image) != size):
                 raise SizesDifferError
             with _one_large if area > LARGE else contextlib.nullcontext():
                 return _pixels(image, size if isinstance(size, int) else None)
@@ -223,9 +223,18 @@ def _header(items: Items, index: int) -> tuple[int, int] | None:
     """(h, w) as displayed, or None for a broken image, which decoding will report."""
     try:
         with Image.open(io.BytesIO(items.read(index))) as image:
+            _area(image)
             return _shown(image)
     except Exception:
         return None
+
+
+def _area(image: Image.Image) -> int:
+    """Pixels; raises ValueError for more than are taken."""
+    area = image.size[0] * image.size[1]
+    if area > MOST_PIXELS:
+        raise ValueError(f"{area:,} pixels, more than the {MOST_PIXELS:,} that are taken")
+    return area
 
 
 def _shown(image: Image.Image) -> tuple[int, int]:
