@@ -720,7 +720,8 @@ def test_hub_dataset_without_train_is_explained(monkeypatch: pytest.MonkeyPatch)
 def test_no_network_is_said_in_one_line() -> None:
     with pytest.raises(
         DataError,
-        match=r"could not load nobody/nothing from the Hub: it is not in the cache; unset HF_HUB_OFFLINE, or give a local folder",
+        match=r"could not load nobody/nothing from the Hub: it is not in the cache; unset HF_HUB_OFFLINE, or give a "
+        "local folder",
     ) as caught:
         load_data("nobody/nothing")
     assert "\n" not in str(caught.value)

@@ -40,7 +40,7 @@ time.sleep(1.5)
 {WRITES}
 """
 KILLED = "import os; open('tried', 'a').write('x'); os.kill(os.getpid(), 9)"
-TIMED = "import time; a = time.time(); time.sleep(0.6); open('times', 'w').write(f'{a} {time.time()}')"
+TIMED = "import time; a = time.time(); time.sleep(1.5); open('times', 'w').write(f'{a} {time.time()}')"
 
 
 @pytest.fixture(scope="module")

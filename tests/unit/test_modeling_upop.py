@@ -147,7 +147,7 @@ def test_all_families_of_hugging_face_are_listed():
     assert set(AUTO_CLASSES) == listed
     assert {type(make_hf(name)).__name__ for name in HF} | {"DeiTForImageClassificationWithTeacher"} == listed
     assert all(hasattr(modeling_upop, f"Pruned{name}") for name in (*listed, *MODELS))
-    assert len(FAMILIES) == 5
+    assert len(FAMILIES) == 6
 
 
 def test_no_other_class_can_be_asked_for_by_name():
@@ -279,7 +279,7 @@ def old_model():
 
 
 def test_the_layout_of_older_releases_is_narrowed_too(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(modeling_upop.transformers, "__version__", "4.57.6")
     model = old_model()
     narrow_(model, transformers.PreTrainedConfig(attn_widths=[5, 32], head_counts=[1, 2], mlp_widths=[7, 256]))
     first, second = (block.attention.attention for block in model.layer)
@@ -303,7 +303,7 @@ def test_the_layout_of_older_releases_is_narrowed_too(monkeypatch):
     ids=["clip", "beit", "values apart", "values apart, old names"],
 )
 def test_releases_that_would_compute_otherwise_are_refused(monkeypatch, model, widths):
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(modeling_upop.transformers, "__version__", "4.57.6")
     with pytest.raises(ValueError, match=r"expected transformers 5\.18 or newer for these widths, got 4\.57\.6; pip"):
         narrow_(model(), transformers.PreTrainedConfig(**widths))
 
