@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,7 @@ from common import provenance
 
 from upop import Search, Target, checkpoint
 from upop.cli.show import quiet_libraries
-from upop.config import PruneConfig, make_config
+from upop.config import make_config
 from upop.errors import UpopError
 from upop.models import load_model
 from upop.run import prune
@@ -80,21 +81,21 @@ def main() -> None:
     sys.exit(1 if found["violations"] else 0)
 
 
-def soak(folder: Path, *, minutes: float, kills: int | None, seed: int) -> dict[str, object]:
-    """Kill and take up runs below `folder`; returns counts, and what went wrong in words."""
+def soak(folder: Path, *, minutes: float, kills: int | None, seed: int, **options: object) -> dict[str, object]:
+    """Kill and take up runs of OPTIONS and `options` below `folder`; returns counts, and what went wrong in words."""
     draw = random.Random(seed)
     began = time.monotonic()
-    (reference,) = [attempt(folder / "whole", None)]
-    assert reference is None, "the undisturbed run must end by itself"
-    seconds = time.monotonic() - began
-    wanted, violations = numbers(folder / "whole"), []
+    # In this process: what it imports and reads on the way, none of the attempts has to.
+    prune(make_config({**OPTIONS, **options, "out": str(folder / "whole")}))
+    wanted, events, violations = numbers(folder / "whole"), written(folder / "whole"), []
     killed: collections.Counter[str] = collections.Counter()
     complete = 0
     while time.monotonic() - began < 60 * minutes and (kills is None or killed.total() < kills):
         out = folder / f"run-{complete}"
         while not (out / "result.json").exists() or (out / "checkpoints").exists():
-            # Anywhere in what is left, and a little beyond: some attempts must come to their end.
-            stage = attempt(out, draw.uniform(0, 1.1 * seconds))
+            # Somewhere in what is left, counted in lines of the log so that a busy machine changes nothing, and then
+            # anywhere between two of them; now and then beyond the end.
+            stage = attempt(out, draw.randint(0, events), draw.uniform(0, 0.1), options)
             if stage is not None:
                 killed[stage] += 1
                 violations += [f"{out.name} after kill {killed.total()} in {stage}: {w}" for w in faults(out)]
@@ -109,35 +110,46 @@ def soak(folder: Path, *, minutes: float, kills: int | None, seed: int) -> dict[
         "runs_complete": complete,
         "violations": violations,
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "seconds_undisturbed": round(seconds, 2),
     }
 
 
-def attempt(out: Path, seconds: float | None) -> str | None:
-    """Begin or take up the run in `out`; the stage in which it was killed after `seconds`, None where it has ended."""
+def attempt(out: Path, events: int, seconds: float, options: Mapping[str, object]) -> str | None:
+    """Begin or take up the run in `out`, and kill it `seconds` after it has written `events` more lines into its log.
+
+    Returns the stage in which it was killed, None where it has come to its end.
+    """
+    events += written(out)
     child = os.fork()
     if child == 0:
         os.setsid()  # what it starts is killed with it
         with contextlib.suppress(BaseException):
-            prune(config(out), go_on=True)
+            prune(make_config({**OPTIONS, **options, "out": str(out)}), go_on=True)
             os._exit(0)
         os._exit(1)
-    deadline = None if seconds is None else time.monotonic() + seconds
+    deadline = None
     while True:
+        if deadline is None and written(out) >= events:
+            deadline = time.monotonic() + seconds
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             if status:
                 raise SystemExit(f"{out}: the run ended with status {status}; see {out / 'log'}")
             return None
         if deadline is not None and time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has not got as far as to have a group
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             return stage_of(out) if os.WIFSIGNALED(status) else None
         time.sleep(0.002)
 
 
-def config(out: Path) -> PruneConfig:
-    return make_config({**OPTIONS, "out": str(out)})
+def written(out: Path) -> int:
+    """Lines of a run's log."""
+    try:
+        return (out / "log").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def stage_of(out: Path) -> str:

@@ -56,7 +56,10 @@ class Keeper:
         with disk_errors(self.folder):
             path = write(self.folder, state)
             for old in _numbered(self.folder)[:-KEEP]:
-                shutil.rmtree(old, ignore_errors=True)
+                # Out of sight first: a kill must not leave half of one.
+                gone = old.with_name(f".{old.name}.partial")
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
         self._latest = time.monotonic()
         return path
 
@@ -86,8 +89,9 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     known = _numbered(folder)
     path = folder / f"{int(known[-1].name) + 1 if known else 0:08}"
+    for left in folder.glob(".*.partial"):  # by a write, or a removal, that was killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary = folder / f".{path.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         tensors: dict[str, Tensor] = {}

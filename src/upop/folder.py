@@ -169,8 +169,13 @@ class RunFolder:
             os.truncate(self.path / name, size)
 
     def remove(self, name: str) -> None:
-        if self.main:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Take a sub-folder away; a kill meanwhile leaves none of it under its name."""
+        path, gone = self.path / name, self.path / f".{name}.partial"
+        if self.main and path.exists():
+            shutil.rmtree(gone, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     @contextlib.contextmanager
     def log_file(self) -> Iterator[None]:

@@ -179,9 +179,10 @@ def test_a_dozen_kills_at_random_moments_change_nothing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import soak
 
-    found = soak.soak(tmp_path, minutes=5, kills=12, seed=1)
-    assert found["kills"] >= 12
+    # Two steps a stage.
+    found = soak.soak(tmp_path, minutes=60, kills=12, seed=1, subset=128, epochs_search=1)
     assert found["violations"] == []
+    assert found["kills"] >= 12
 
 
 # ---------------------------------------------------------------- numbers that cannot lie
@@ -336,6 +337,25 @@ def test_the_last_two_are_kept(tmp_path):
     for number in range(4):
         keeper.save({"number": number})
     assert [checkpoint.read(path)["number"] for path in sorted(tmp_path.iterdir())] == [2, 3]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    keeper = checkpoint.Keeper(tmp_path, minutes=0)
+
+    def killed(path, **options):
+        if path.exists():
+            (path / "seal.json").unlink()
+            raise KeyboardInterrupt
+
+    for number in range(2):
+        keeper.save({"number": number})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            keeper.save({"number": 2})
+    assert [checkpoint.read(path)["number"] for path in sorted(tmp_path.glob("[0-9]*"))] == [1, 2]
+    keeper.save({"number": 3})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["00000002", "00000003"]
 
 
 def test_a_signal_asks_for_a_checkpoint_and_leaves_the_handlers_as_they_were(tmp_path):
