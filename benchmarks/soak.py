@@ -95,7 +95,8 @@ def soak(folder: Path, *, minutes: float, kills: int | None, seed: int, **option
         while not (out / "result.json").exists() or (out / "checkpoints").exists():
             # Somewhere in what is left, counted in lines of the log so that a busy machine changes nothing, and then
             # anywhere between two of them; now and then beyond the end.
-            stage = attempt(out, draw.randint(0, events), draw.uniform(0, 0.1), options)
+            left = max(2, events - written(out))
+            stage = attempt(out, draw.randint(0, left), draw.uniform(0, 0.1), options)
             if stage is not None:
                 killed[stage] += 1
                 violations += [f"{out.name} after kill {killed.total()} in {stage}: {w}" for w in faults(out)]
@@ -157,9 +158,9 @@ def stage_of(out: Path) -> str:
     found = "start"
     with contextlib.suppress(OSError):
         for line in (out / "log").read_text(encoding="utf-8").splitlines():
-            words = line.partition("upop.stages: ")[2]
+            words = line.partition(" INFO upop.")[2].partition(": ")[2]
             name = words.partition(":")[0]
-            if name in ("dense", "search", "retrain", "evaluate"):
+            if name in ("dense", "search", "retrain"):
                 found = name
             elif words.startswith("checkpoint"):
                 found = words.rpartition(" ")[2]

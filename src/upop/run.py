@@ -18,7 +18,8 @@ from upop.lock import refuse_if_held
 from upop.observer import Nobody, Observer
 from upop.plan import Plan, cpu_threads, device_type, make_accelerator, make_plan
 from upop.reading import taking_over
-from upop.stages import CHECKPOINTS, SCHEMA, Result, Stages
+from upop.session import CHECKPOINTS, Session
+from upop.stages import SCHEMA, Result, Stages
 
 log = logging.getLogger(__name__)
 
@@ -108,26 +109,28 @@ def _carry_out(plan: Plan, observer: Observer, command: str | None, state: Mappi
     config = plan.given
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=processes.index() == 0)
-    run = Stages(plan, folder, accelerator, observer, command or own_command())
-    run.training_batches(0)  # refuses what cannot be batched before the folder is touched
+    session = Session(plan, folder, accelerator, observer, command or own_command())
+    stages = Stages(session)
+    stages.training_batches(0)  # refuses what cannot be batched before the folder is touched
     with contextlib.ExitStack() as stack:
         processes.by_first(lambda: stack.enter_context(folder.held()))
-        stack.enter_context(contextlib.closing(run.tracking))
+        stack.enter_context(contextlib.closing(session.tracking))
         # Before anything else is written: a tracker may want a login.
-        run.tracking.start(plan.config.model_dump(), None if state is None else state.get("trackers", {}))
+        session.tracking.start(plan.config.model_dump(), None if state is None else state.get("trackers", {}))
         if state is None:
             processes.by_first(lambda: folder.claim(plan.config.to_toml()))
-        return _in_folder(run, state)
+        return _in_folder(stages, state)
 
 
-def _in_folder(run: Stages, state: Mapping[str, Any] | None) -> Result:
-    config = run.plan.given
-    with run.folder.log_file(), run.keeper.listening():
-        log.info("%s on %s, %s: steps %s", config.model, config.data, config.target, dict(run.plan.steps))
+def _in_folder(stages: Stages, state: Mapping[str, Any] | None) -> Result:
+    session = stages.run
+    config = session.plan.given
+    with session.folder.log_file(), session.keeper.listening():
+        log.info("%s on %s, %s: steps %s", config.model, config.data, config.target, dict(session.plan.steps))
         try:
             if state is not None:
-                run.restore(state)
-            result = run.all()
+                session.restore(state)
+            result = stages.all()
         except BaseException as error:
             log.error("stopped: %s: %s", type(error).__name__, error)
             raise
