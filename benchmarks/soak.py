@@ -95,7 +95,7 @@ def soak(folder: Path, *, minutes: float, kills: int | None, seed: int, **option
         while not (out / "result.json").exists() or (out / "checkpoints").exists():
             # Somewhere in what is left, counted in lines of the log so that a busy machine changes nothing, and then
             # anywhere between two of them; now and then beyond the end.
-            left = max(2, events - written(out))
+            left = max(events // 3, events - written(out))
             stage = attempt(out, draw.randint(0, left), draw.uniform(0, 0.1), options)
             if stage is not None:
                 killed[stage] += 1
