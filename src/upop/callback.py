@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from upop.drive import Drive, check_options
-from upop.errors import ModelError, UpopError
+from upop.errors import ModelError, UpopError, said
 from upop.reading import check_file, read_json
 from upop.search import Search
 from upop.targets import Target
@@ -257,7 +257,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         check_file(folder / TENSORS)
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
-        raise UpopError(f"{folder / TENSORS}: damaged ({error}); resume from another checkpoint") from error
+        raise UpopError(f"{folder / TENSORS}: damaged ({said(error)}); resume from another checkpoint") from error
 
     def whole(value: Any) -> Any:
         if isinstance(value, dict):
@@ -267,7 +267,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = whole(read_json(folder / PLAIN, finite=False))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UpopError(f"{folder / PLAIN}: damaged ({error}); resume from another checkpoint") from error
+        raise UpopError(f"{folder / PLAIN}: damaged ({said(error)}); resume from another checkpoint") from error
     return state
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upop.errors import UpopError
+from upop.errors import UpopError, said
 from upop.folder import digest, disk_errors
 from upop.reading import read_json
 
@@ -128,7 +128,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
         if isinstance(error, UpopError):
             raise
-        raise UpopError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
+        raise UpopError(f"{path}: not a whole checkpoint ({said(error)})") from error
 
 
 def latest(folder: Path) -> dict[str, Any] | None:

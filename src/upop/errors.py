@@ -31,6 +31,12 @@ class StopError(UpopError):
     """A run was asked to stop, by a signal, and says how to go on."""
 
 
+def said(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not too long."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def shortened(value: object) -> str:
     """A value as it is shown in a message: its beginning, where it is long."""
     text = repr(value)

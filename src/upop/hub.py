@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from upop.errors import ModelError
+from upop.errors import ModelError, said
 from upop.folder import digest
 
 # No pickles, no code: only what loading reads, and the card, for its licence.
@@ -51,9 +51,9 @@ def fetch(name: str) -> Path:
 def reason(error: BaseException) -> str:
     """What an error of huggingface_hub or datasets means, and what to do; in one line."""
     for cause in _chain(error):
-        if said := _known(cause):
-            return said
-    return f"{_line(error)}; check the network and try again, or give a local folder"
+        if known := _known(cause):
+            return known
+    return f"{said(error)}; check the network and try again, or give a local folder"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -82,13 +82,8 @@ def _known(error: BaseException) -> str | None:
     if isinstance(error, json.JSONDecodeError):
         return "it answers with something else than JSON, as networks do that want you to sign in first"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return f"{_line(error)}; free space, or set HF_HOME to a folder elsewhere"
+        return f"{said(error)}; free space, or set HF_HOME to a folder elsewhere"
     return None
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _check_digest(file: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from upop.errors import UpopError
+from upop.errors import UpopError, said
 
 MOST_BYTES = 64 * 2**20  # of a JSON or TOML file; what upop writes is far below
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -87,10 +87,8 @@ def taking_over(what: str) -> Iterator[None]:
     except UpopError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        said = " ".join(str(error).split())[:200]
         raise UpopError(
-            f"{what}: the checkpoint does not fit this run ({type(error).__name__}: {said}); start the run again with "
-            "--overwrite"
+            f"{what}: the checkpoint does not fit this run ({said(error)}); start the run again with --overwrite"
         ) from error
 
 

@@ -82,7 +82,8 @@ class Standing:
         }
         wanted |= {} if self.any_code else {"code": code_version()}
         different = [key for key, value in wanted.items() if result.get(key) != value]
-        if self.data is not None and result.get("data", {}).get("fingerprint") != self.data:
+        data = result.get("data")
+        if self.data is not None and not (isinstance(data, dict) and data.get("fingerprint") == self.data):
             different.append("data")
         if different:
             self.reasons[run.label] = f"made with another {different[0]}"
