@@ -93,10 +93,10 @@ def soak(folder: Path, *, minutes: float, kills: int | None, seed: int, **option
     while time.monotonic() - began < 60 * minutes and (kills is None or killed.total() < kills):
         out = folder / f"run-{complete}"
         while not (out / "result.json").exists() or (out / "checkpoints").exists():
-            # Somewhere in what is left, counted in lines of the log so that a busy machine changes nothing, and then
-            # anywhere between two of them; now and then beyond the end.
-            left = max(events // 3, events - written(out))
-            stage = attempt(out, draw.randint(0, left), draw.uniform(0, 0.1), options)
+            # A few or many lines of the log ahead, so that a busy machine changes nothing, and then anywhere between
+            # two of them. Each attempt may come to the end, wherever it begins: else a run would never be complete.
+            ahead = draw.randint(0, draw.choice((2, events // 3, events)))
+            stage = attempt(out, ahead, draw.uniform(0, draw.choice((0.1, 1.0))), options)
             if stage is not None:
                 killed[stage] += 1
                 violations += [f"{out.name} after kill {killed.total()} in {stage}: {w}" for w in faults(out)]

@@ -15,8 +15,6 @@ release = version = upop.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "generated/*"]
-# Pages that are still being written are in the navigation already.
-suppress_warnings = ["toc.not_readable"]
 highlight_language = "text"
 html_theme = "furo"
 html_title = f"upop {release}"
