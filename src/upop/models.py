@@ -4,7 +4,8 @@ Returns models ready for a given number of classes, with the pixel statistics th
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     "deit-tiny-cifar": Shape(192, 12, 3, 32, 4, CIFAR_MEAN, CIFAR_STD),
     "deit-small-cifar": Shape(384, 12, 6, 32, 4, CIFAR_MEAN, CIFAR_STD),
-    "deit-tiny-cifar-6layers": Shape(192, 6, 3, 32, 4, CIFAR_MEAN, CIFAR_STD),
-    "deit-tiny-cifar-6layers-patch8": Shape(192, 6, 3, 32, 8, CIFAR_MEAN, CIFAR_STD),
     "deit-tiny": Shape(192, 12, 3, 224, 16, IMAGENET_MEAN, IMAGENET_STD),
     "deit-small": Shape(384, 12, 6, 224, 16, IMAGENET_MEAN, IMAGENET_STD),
     "deit-base": Shape(768, 12, 12, 224, 16, IMAGENET_MEAN, IMAGENET_STD),
     "deit-digits": Shape(96, 4, 3, 16, 4, HALF, HALF),
 }
+_VARIED = re.compile(
+    rf"({'|'.join(sorted(SHAPES, key=len, reverse=True))})"
+    r"(?:-(?P<layers>[1-9]\d?)layers)?(?:-patch(?P<patch_size>[1-9]\d?))?(?:-width(?P<width>[1-9]\d{0,3}))?"
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,11 @@ class LoadedModel:
 def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedModel:
     """The model called `name`, on the CPU, in float32, in eval mode; built-in shapes get random weights from `seed`.
 
-    With `new_head` a backbone without a classification head will do: it gets a fresh one.
+    A shape may be varied: `deit-tiny-cifar-6layers-patch8-width96`. With `new_head` a backbone without a
+    classification head will do: it gets a fresh one.
     Raises ModelError for names that are neither shape, folder nor Hub name, and for folders that do not load.
     """
-    if name in SHAPES and not Path(name).exists():
-        shape = SHAPES[name]
+    if (shape := _shape(name)) is not None and not Path(name).exists():
         torch.manual_seed(seed)
         return LoadedModel(_build(shape), shape.image_size, shape.mean, shape.std, trained=False)
     from upop.hub import fetch
@@ -74,14 +77,29 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
 
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ModelError(
-            f"model {name!r}: expected a built-in shape ({', '.join(SHAPES)}), a folder with config.json, or a Hub "
-            f"name such as facebook/deit-base-patch16-224{nearest(name, SHAPES)}"
+            f"model {name!r}: expected a built-in shape ({', '.join(SHAPES)}; also varied, as "
+            "deit-tiny-6layers-patch8-width96), a folder with config.json, or a Hub name such as "
+            f"facebook/deit-base-patch16-224{nearest(name, SHAPES)}"
         )
     # Master weights: a folder saved in bfloat16 would otherwise be trained, and judged, in it.
     folder = fetch(name)
     model = load(str(folder), new_head=new_head).float()
     size, mean, std, notes = _image_settings(name, model, folder)
     return LoadedModel(model, size, mean, std, trained=True, folder=folder, notes=notes)
+
+
+def _shape(name: str) -> Shape | None:
+    """The built-in shape called `name`, with the changes that follow it; None where that is no such name."""
+    found = _VARIED.fullmatch(name)
+    if found is None:
+        return None
+    shape = replace(SHAPES[found[1]], **{key: int(value) for key, value in found.groupdict().items() if value})
+    if shape.width % shape.heads or shape.image_size % shape.patch_size:
+        raise ModelError(
+            f"model {name!r}: expected a width that {shape.heads} heads share and a patch that divides "
+            f"{shape.image_size} pixels, got width {shape.width} and patch {shape.patch_size}"
+        )
+    return shape
 
 
 def _build(shape: Shape) -> nn.Module:

@@ -1,6 +1,7 @@
 """Options and config files say the same things, and say clearly what is wrong with them."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,11 @@ def test_the_attention_kernel_is_the_one_that_trains_faster_unless_one_is_asked_
     assert make_config(values).resolve(trained=True, device_type=device).attention == kernel
     asked = make_config(values | {"attention": "eager"})
     assert asked.resolve(trained=True, device_type=device).attention == "eager"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.toml")), ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_hold(path):
+    config = make_config(load_config(path))
+    head = path.read_text(encoding="utf-8").partition("\nmodel")[0]
+    assert f"--config configs/{path.name} " in head, "says how it is used"
+    assert config.data == "cifar10" and config.compile

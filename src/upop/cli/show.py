@@ -119,8 +119,9 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
         before, after = result[key]["before"], result[key]["after"]
         sizes.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.3f}")
     for batch, found in result["latency"].items():
-        before, after = found["before"]["median_ms"], found["after"]["median_ms"]
-        sizes.add_row(f"milliseconds, batch {batch}", f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
+        before, after = found["before"], found["after"]
+        share = after["median_ms"] / before["median_ms"]
+        sizes.add_row(f"milliseconds, batch {batch}", spread(before), spread(after), f"{share:.3f}")
     out.print()
     out.print(accuracy)
     out.print()
@@ -133,6 +134,11 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     made = " ".join(n for n in ("model/", "result.json", "widths.png", "stages.png") if (folder / n).exists())
     where = f"in {folder}: {made}"
     out.print(f"{clock(result['seconds']['all'])} in all; {where}", markup=False)
+
+
+def spread(times: Mapping[str, float]) -> str:
+    """Median and half the interquartile range: on a busy machine the second is no small part of the first."""
+    return f"{times['median_ms']:.2f} ± {times['spread_ms'] / 2:.2f}"
 
 
 def table(*columns: str) -> Table:
