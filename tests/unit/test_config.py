@@ -101,4 +101,5 @@ def test_the_configs_of_the_repository_hold(path):
     config = make_config(load_config(path))
     head = path.read_text(encoding="utf-8").partition("\nmodel")[0]
     assert f"--config configs/{path.name} " in head, "says how it is used"
-    assert config.data == "cifar10" and config.compile
+    assert config.data == "cifar10"
+    assert config.compile
