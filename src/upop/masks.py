@@ -4,6 +4,7 @@
 row-wise dot product that masking the activation would give. Must not decide anything: values are set from outside.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,35 @@ class _MaskedForward:
         rows = torch.ones((), dtype=weight.dtype, device=weight.device)
         for mask_U, port in self.terms:
             rows = rows * port.expand(mask_U.to(device=weight.device, dtype=weight.dtype))
-        return F.linear(input, weight * rows.unsqueeze(-1), None if bias is None else bias * rows)
+        masked = weight * rows.unsqueeze(-1)
+        # Backward wants the masked weight again. It is computed again then: kept, it would be a second copy of the
+        # model's weights. (Autocast keeps its bfloat16 copy of either; a compiler decides for itself.)
+        keep_hooks = _recomputed(masked, weight, rows) if _keeps_weights(masked) else contextlib.nullcontext()
+        with keep_hooks:
+            return F.linear(input, masked, None if bias is None else bias * rows)
+
+
+def _keeps_weights(masked: Tensor) -> bool:
+    """Whether backward would keep `masked` itself."""
+    cast = torch.is_autocast_enabled(masked.device.type)
+    return masked.requires_grad and not cast and not torch.compiler.is_compiling()
+
+
+def _recomputed(masked: Tensor, weight: Tensor, rows: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where autograd saves `masked`, however it is transposed, it saves how to compute it."""
+    place = masked.untyped_storage()._cdata  # not `masked`: what the hooks hold, the graph holds
+
+    def pack(saved: Tensor) -> Tensor | tuple[tuple[int, ...], tuple[int, ...]]:
+        same = saved.untyped_storage()._cdata == place
+        return (tuple(saved.shape), saved.stride()) if same else saved
+
+    def unpack(kept: Tensor | tuple[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return (weight * rows.unsqueeze(-1)).as_strided(*kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class Masks:

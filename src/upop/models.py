@@ -93,7 +93,8 @@ def _shape(name: str) -> Shape | None:
     found = _VARIED.fullmatch(name)
     if found is None:
         return None
-    shape = replace(SHAPES[found[1]], **{key: int(value) for key, value in found.groupdict().items() if value})
+    changes: dict[str, Any] = {key: int(value) for key, value in found.groupdict().items() if value}
+    shape = replace(SHAPES[found[1]], **changes)
     if shape.width % shape.heads or shape.image_size % shape.patch_size:
         raise ModelError(
             f"model {name!r}: expected a width that {shape.heads} heads share and a patch that divides "

@@ -167,3 +167,25 @@ def test_masks_hold_under_autocast_and_gradient_checkpointing(make_model, images
 
     plain, checkpointed = gradients(False), gradients(True)
     assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)
+
+
+def _kept_bytes(model, pixels):
+    """What a forward pass leaves allocated for its backward."""
+    model(pixel_values=pixels)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        output = model(pixel_values=pixels)
+    events = profile.profiler.kineto_results.events()
+    del output
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_no_second_copy_of_the_weights_is_kept_for_backward(make_model, images):
+    model = make_model("vit").train()
+    plain = _kept_bytes(model, images())
+    structures = find_structures(model)
+    Masks(model, structures)
+    paths = {port.path for s in structures for port in s.producers}
+    weights = sum(model.get_submodule(path).weight.nbytes for path in paths)
+    assert _kept_bytes(model, images()) - plain < 0.1 * weights
