@@ -91,7 +91,7 @@ def try_input(given: Input, base: Path, work: Path, *, seconds: float, mebibytes
     taken = time.monotonic() - begun
     said = (work / "stderr").read_text(errors="replace")
     events = (work / "events").read_text(errors="replace").splitlines()
-    grown = max(0.0, usage.ru_maxrss / 1024 - resident()) if usage else 0.0
+    grown = max(0.0, usage.ru_maxrss / 1024 - float((work / "began").read_text()))
     verdict = judge(status, said, events)
     if verdict in ("accepted", "refused") and look(work) != canary:
         verdict = "changed its input"
@@ -149,6 +149,7 @@ def be_the_reader(name: str, work: Path, mebibytes: int) -> None:
         for number, file in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         events = os.open("events", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        Path("began").write_text(str(resident()))
         bound(resource.RLIMIT_DATA, data_now() + (mebibytes << 20))
         bound(resource.RLIMIT_CORE, 0)
         bound(resource.RLIMIT_FSIZE, 256 << 20)
@@ -197,7 +198,7 @@ def data_now() -> int:
 
 
 def resident() -> float:
-    """MiB of this process, which a child begins with."""
+    """MiB of this process; a child begins with less than its parent, whose mapped files it has not touched."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
@@ -265,6 +266,10 @@ def queued(child: int) -> float:
 HARMLESS = ("started: subprocess.Popen ('git'", "started: subprocess.Popen ('uname'")
 
 
+# In whatever words the bound on memory is met: our own line is one of them, and no refusal.
+OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "Cannot allocate", "not enough memory", "out of memory")
+
+
 def judge(status: int | None, said: str, events: list[str]) -> str:
     if status is None:
         return "hang"
@@ -273,7 +278,7 @@ def judge(status: int | None, said: str, events: list[str]) -> str:
     code = os.WEXITSTATUS(status)
     if serious := [event for event in events if not event.startswith(HARMLESS)]:
         return serious[0]
-    if "MemoryError" in said or "bad_alloc" in said or "Cannot allocate" in said or "not enough memory" in said:
+    if any(words in said for words in OUT_OF_MEMORY):
         return "memory"
     if "Traceback" in said or code not in (0, 2):
         return "traceback"
@@ -288,7 +293,7 @@ def look(work: Path) -> list[tuple[str, int, int]]:
     for place, folders, files in os.walk(work):
         if Path(place) == work:
             folders[:] = [name for name in folders if name not in ("out",)]
-            files = [name for name in files if name not in ("stdout", "stderr", "events")]
+            files = [name for name in files if name not in ("stdout", "stderr", "events", "began")]
         for name in (*folders, *files):
             about = os.lstat(os.path.join(place, name))
             found.append((os.path.join(place, name), about.st_size, 0 if name == "in" else about.st_mtime_ns))
