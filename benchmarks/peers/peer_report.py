@@ -24,8 +24,8 @@ CURRENCY = (
 FAIRNESS = (
     "Equal for all: dense model, data and split, batch size, optimizer (AdamW), augmentation, number of training "
     "epochs in all, and the way to a learning rate for retraining: the best on validation of the same few, at 80 % "
-    "with another seed. upop spends half of the epochs searching and half retraining; Torch-Pruning does not train "
-    "while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked four times on 16 "
+    "with another seed. upop searches for a part of the epochs and retrains for the rest; Torch-Pruning does not "
+    "train while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked four times on 16 "
     "batches without training, least-squares compensation). The learning rate of upop's search is the claims study's, "
     "found on the same dense model before."
 )
@@ -165,7 +165,8 @@ def _about(results: Results) -> list[str]:
     lines = [
         f"- data: {all_of(lambda r: r['spec']['data'])}"
         + "".join(f", {n} images of each split only" for n in {r["spec"]["subset"] for r in every} if n),
-        f"- training epochs in all: {all_of(lambda r: r['spec']['epochs'])}; batch size "
+        f"- training epochs in all: {all_of(lambda r: r['spec']['epochs'])}, upop's search gets "
+        f"{all_of(lambda r: r['spec'].get('search_share', 0.5))} of them; batch size "
         f"{all_of(lambda r: r['spec']['batch_size'])}",
         f"- runs: {len(results.runs)}, targets not met: {len(results.unreachable)}",
         f"- hardware: {all_of(lambda r: r['hardware']['device'])}, {all_of(lambda r: r['spec']['threads'])} thread(s) "

@@ -48,11 +48,15 @@ RETRAIN = 2  # position of retraining among upop's stages, which its batches are
 
 @dataclass(frozen=True)
 class Options:
-    """What all runs of a comparison share. `epochs` in all: of the search and of retraining, where there are both."""
+    """What all runs of a comparison share.
+
+    `epochs` in all: of the search and of retraining, where there are both; the search gets `search_share` of them.
+    """
 
     dense: str
     data: str
     epochs: float = 1.0
+    search_share: float = 0.5
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3)
     subset: int | None = None
     threads: int = 1
@@ -89,6 +93,8 @@ def spec(job: Job, options: Options) -> dict[str, Any]:
     shared = dataclasses.asdict(options) | {"rates": list(options.rates)}
     # Folders are known by what is in them, wherever they lie.
     del shared["dense"]
+    if job.setting != UPOP or options.search_share == Options.search_share:
+        del shared["search_share"]  # nobody else searches; and half was all there was once
     shared |= {"data": Path(options.data).name, "start": weights_hash(Path(options.dense))}
     if job.rate is not None:
         del shared["rates"]  # what it was chosen from is no part of the run
@@ -119,8 +125,8 @@ def _config(job: Job, options: Options, out: str) -> PruneConfig:
         target=f"params={job.ratio}",
         out=out,
         stages="search,retrain",
-        epochs_search=0 if one_shot else options.epochs / 2,
-        epochs_retrain=options.epochs if one_shot else options.epochs / 2,
+        epochs_search=0 if one_shot else options.epochs * options.search_share,
+        epochs_retrain=options.epochs * (1 if one_shot else 1 - options.search_share),
         **ONE_SHOT,
         lr_retrain=job.rate or options.rates[0],
         seed=job.seed,
@@ -320,7 +326,7 @@ class _Watch:
 def _choose(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
     """Prune once, retrain with each rate; the rate with the best validation accuracy. Test is not read."""
     small, bench = _searched(config) if job.setting in (UPOP, UPOP_ONCE) else _pruned(job, config)
-    epochs = options.epochs / 2 if job.setting == UPOP else options.epochs
+    epochs = options.epochs * (1 - options.search_share if job.setting == UPOP else 1)
     found = {}
     for rate in options.rates:
         model = copy.deepcopy(small)
@@ -403,6 +409,7 @@ def _command(job: Job, options: Options) -> str:
         parts += [f"--ratios {job.ratio:g}", f"--seeds {job.seed}"]
     default = Options("", "")
     parts += [f"--epochs {options.epochs:g}"] if options.epochs != default.epochs else []
+    parts += [f"--search-share {options.search_share:g}"] if options.search_share != default.search_share else []
     parts += [f"--subset {options.subset}"] if options.subset else []
     return " ".join(parts)
 

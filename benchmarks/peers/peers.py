@@ -76,7 +76,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=peer_runs.SETTINGS, default=list(DEFAULT_SETTINGS))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.9], help="of ALL parameters")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=1.0, help="in all; upop searches for half of them")
+    parser.add_argument("--epochs", type=float, default=1.0, help="in all; upop searches for a part of them")
+    parser.add_argument("--search-share", type=float, default=Options("", "").search_share, help="that part")
     parser.add_argument("--rates", nargs="+", type=float, default=list(Options("", "").rates), help="to choose from")
     parser.add_argument("--subset", type=int, help="use only so many images of each split")
     parser.add_argument("--latency-seconds", type=float, default=0.5, help="per batch size")
@@ -99,6 +100,7 @@ def _options(args: argparse.Namespace) -> Options:
         dense=args.dense,
         data=args.data,
         epochs=args.epochs,
+        search_share=args.search_share,
         rates=tuple(args.rates),
         subset=args.subset,
         threads=args.threads,
@@ -182,6 +184,7 @@ def _do(job: Job, args: argparse.Namespace, options: Options) -> dict[str, Any]:
         return found | {"label": f"{job.label} (was done)"}
     command = [sys.executable, __file__, "--do", json.dumps(asdict(job)), "--out", str(args.out)]
     command += ["--dense", options.dense, "--data", options.data, "--epochs", str(options.epochs)]
+    command += ["--search-share", str(options.search_share)]
     command += ["--rates", *map(str, options.rates), "--threads", str(options.threads)]
     command += ["--latency-seconds", str(options.latency_seconds)]
     command += ["--subset", str(options.subset)] if options.subset else []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upop.config import ConfigError, PruneConfig, load_config, make_config
+from upop.config import PAPER, ConfigError, PruneConfig, load_config, make_config
 
 NEEDED = {"model": "deit-digits", "data": "digits"}
 
@@ -28,6 +28,16 @@ def test_a_resolved_config_leaves_nothing_to_be_chosen_but_what_is_off():
 
 def test_pretrained_weights_get_a_learning_rate_that_keeps_them():
     assert make_config(NEEDED).resolve(trained=True, device_type="cpu").lr <= 1e-4
+
+
+def test_the_papers_setting_has_a_name_and_options_win_over_it():
+    paper = make_config(NEEDED | {"recipe": "paper"}).resolve(trained=True, device_type="cuda")
+    assert {key: getattr(paper, key) for key in PAPER} == PAPER
+    assert paper.epochs_retrain == 5 * paper.epochs_search
+    own = make_config(NEEDED | {"recipe": "paper", "align": "attn=8", "epochs_search": 2.5})
+    assert (own.align, own.epochs_search, own.epochs_retrain) == ("attn=8", 2.5, 5)
+    with pytest.raises(ConfigError, match=r"recipe: .*'best' or 'paper', got 'papre'"):
+        make_config(NEEDED | {"recipe": "papre"})
 
 
 def test_what_the_user_says_is_never_replaced():

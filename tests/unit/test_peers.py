@@ -135,6 +135,15 @@ def test_targets_not_met_and_broken_files_do_not_count_as_runs(tmp_path):
     assert "| taylor | 0 | target not met, nearest 80.0 |" in text
 
 
+def test_the_searchs_share_of_the_epochs_is_upops_alone():
+    some, more = (runs.Options(dense="no-folder", data="cifar10", epochs=6, search_share=x) for x in (0.5, 1 / 6))
+    search, peer = runs.Job("upop", 0.8, 0, 1e-3), runs.Job("taylor", 0.8, 0, 1e-3)
+    assert runs.spec(search, some) != runs.spec(search, more)
+    assert runs.spec(peer, some) == runs.spec(peer, more)
+    config = runs._config(search, more, "out")
+    assert (config.epochs_search, config.epochs_retrain) == (pytest.approx(1), pytest.approx(5))
+
+
 def test_a_result_counts_as_done_for_its_own_settings_and_code_alone(tmp_path):
     options = runs.Options(dense="no-folder", data="cifar10")
     job, args = runs.Job("taylor", 0.8, 0, 1e-3), argparse.Namespace(out=tmp_path, any_code=False)
