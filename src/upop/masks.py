@@ -46,7 +46,8 @@ class _MaskedForward:
 
 def _keeps_weights(masked: Tensor) -> bool:
     """Whether backward would keep `masked` itself."""
-    cast = torch.is_autocast_enabled(masked.device.type)
+    kind = masked.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return masked.requires_grad and not cast and not torch.compiler.is_compiling()
 
 

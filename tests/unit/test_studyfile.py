@@ -109,7 +109,8 @@ def test_the_studies_that_come_along_can_be_read_and_say_what_they_are(path, tmp
     made = load_study(path, tmp_path)
     assert all(made.texts[key] for key in ("about", "hardware", "wall_clock", "expected"))
     assert f"upop study {path.stem}" in path.read_text().partition("[dense]")[0]
-    assert len(made.seeds) >= 3
+    # Fewer are a look, and must be called that.
+    assert len(made.seeds) >= 3 or "One seed." in made.texts["about"]
 
 
 def test_the_claims_study_covers_every_claim_and_experiment(tmp_path):
