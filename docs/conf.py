@@ -50,6 +50,7 @@ for name, text in (("commands.md", command_reference()), ("config.md", config_re
 PAGES = {
     "../results/claims/report.md": "report.md",
     "../results/peers/report.md": "peers.md",
+    "../results/recipe/report.md": "recipe-runs.md",
     "../benchmarks/peers/README.md": "peers-how.md",
 }
 
