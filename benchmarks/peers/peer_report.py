@@ -153,6 +153,12 @@ def report(results: Results) -> str:
     return "\n\n".join([*parts, "## Limits", LIMITS, _multiple(found)]) + "\n"
 
 
+def _search_share(every: Iterable[Result]) -> str:
+    """What part of the epochs searches, where a run of upop's search is among `every`."""
+    shares = sorted({run["spec"].get("search_share", 0.5) for run in every if run["spec"]["setting"] == "upop"})
+    return f", upop's search gets {', '.join(f'{share:g}' for share in shares)} of them" if shares else ""
+
+
 def _about(results: Results) -> list[str]:
     every = [*results.runs.values(), *results.unreachable.values()]
     if not every:
@@ -165,8 +171,7 @@ def _about(results: Results) -> list[str]:
     lines = [
         f"- data: {all_of(lambda r: r['spec']['data'])}"
         + "".join(f", {n} images of each split only" for n in {r["spec"]["subset"] for r in every} if n),
-        f"- training epochs in all: {all_of(lambda r: r['spec']['epochs'])}, upop's search gets "
-        f"{all_of(lambda r: r['spec'].get('search_share', 0.5))} of them; batch size "
+        f"- training epochs in all: {all_of(lambda r: r['spec']['epochs'])}{_search_share(every)}; batch size "
         f"{all_of(lambda r: r['spec']['batch_size'])}",
         f"- runs: {len(results.runs)}, targets not met: {len(results.unreachable)}",
         f"- hardware: {all_of(lambda r: r['hardware']['device'])}, {all_of(lambda r: r['spec']['threads'])} thread(s) "

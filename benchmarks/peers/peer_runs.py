@@ -158,7 +158,7 @@ class Bench:
     def retrain(self, model: nn.Module, *, epochs: float, rate: float, steps: list[float] | None = None) -> float:
         """As upop's stage `retrain`, to the same bits; returns its CPU seconds. `steps` takes the time after each."""
         c = self.config
-        augment = Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color)
+        augment = Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color, c.randaugment)
         # upop's stages each draw their own order of the images.
         batches = self.batches("train", augment=augment, seed=c.seed + 1_000_003 * RETRAIN)
         same = ("optimizer", "weight_decay", "warmup", "label_smoothing", "clip", "accumulate", "seed")

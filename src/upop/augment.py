@@ -2,36 +2,26 @@
 Must not know data sets, models or epochs: images and a generator come in, images and labels go out.
 
 Shapes: B batch, C classes, h height, w width. Images are float [B, 3, h, w] in [0, 1].
-Every draw comes from the generator that is passed in. A CPU generator gives the same draws whatever device
-holds the images, and costs no host sync on an accelerator: only a few numbers per image are sent over.
-Draws are those of a whole batch: an image gets the same ones, whichever share of the batch is at hand.
+An image gets the same draws, whichever share of the batch is at hand and whatever device it is on.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from upop.draws import Share, batch_of, own, send, uniform
 from upop.errors import DataError
+from upop.randaugment import grey, randaugment
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's greyscale
 ERASE_AREA = (0.02, 1 / 3)  # of the image, as in Random Erasing (Zhong et al., 2017) and timm
 ERASE_ASPECT = (0.3, 1 / 0.3)
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which images of a batch of `batch` are at hand: as many as there are, from the one at `first` on."""
-
-    first: int
-    batch: int
-
-
-@dataclass(frozen=True)
 class Augment:
-    """Which augmentations a training batch gets, in the order of the fields (mixing comes last)."""
+    """Which augmentations a training batch gets; mixing comes last."""
 
     flip: bool = True  # horizontally, with probability one half
     crop: int = 4  # reflect-pad by this many pixels of a 32 px image (scaled to others), crop back; 0: off
@@ -39,11 +29,13 @@ class Augment:
     cutmix: float = 0.0  # alpha of Beta(alpha, alpha); 0: off. With mixup on as well: one of them per batch
     erasing: float = 0.0  # probability that an image loses a random rectangle
     color: float = 0.0  # strength in [0, 1] of brightness, contrast and saturation jitter
+    randaugment: int = 0  # operations drawn for each image; 1 is TrivialAugment
 
     def __post_init__(self) -> None:
         _check("crop", self.crop, 0, 31, "pixels of a 32 px image")
         _check("erasing", self.erasing, 0, 1, "a probability")
         _check("color", self.color, 0, 1, "a strength")
+        _check("randaugment", self.randaugment, 0, 14, "operations")
         _check("mixup", self.mixup, 0, float("inf"), "the alpha of a Beta distribution")
         _check("cutmix", self.cutmix, 0, float("inf"), "the alpha of a Beta distribution")
 
@@ -64,6 +56,8 @@ class Augment:
             images = flip(images, generator=generator, share=share)
         if self.crop:
             images = crop(images, pad=self.crop, generator=generator, share=share)
+        if self.randaugment:
+            images = randaugment(images, operations=self.randaugment, generator=generator, share=share)
         if self.color:
             images = jitter(images, strength=self.color, generator=generator, share=share)
         if self.erasing:
@@ -72,7 +66,7 @@ class Augment:
             return images, labels
         targets = F.one_hot(labels, num_classes).float()
         both = self.mixup > 0 and self.cutmix > 0
-        coin = float(_uniform((), generator)) if both else 0.0
+        coin = float(uniform((), generator)) if both else 0.0
         if self.mixup > 0 and coin < 0.5:
             return mixup(images, targets, alpha=self.mixup, generator=generator)
         return cutmix(images, targets, alpha=self.cutmix, generator=generator)
@@ -80,34 +74,34 @@ class Augment:
 
 def flip(images: Tensor, *, generator: Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability one half."""
-    mirrored = _own(_uniform((_batch(images, share), 1, 1, 1), generator) < 0.5, images, share)
+    mirrored = own(uniform((batch_of(images, share), 1, 1, 1), generator) < 0.5, images, share)
     return torch.where(mirrored, images.flip(3), images)
 
 
 def crop(images: Tensor, *, pad: int, generator: Generator, share: Share | None = None) -> Tensor:
     """Reflect-pad by `pad` pixels of 32 (scaled to h and w) and cut h x w out at a random place."""
     batch, channels, height, width = images.shape
-    drawn = _batch(images, share)
-    rows = _own(_shifted(drawn, height, round(pad * height / 32), generator), images, share)  # [B, h]
-    columns = _own(_shifted(drawn, width, round(pad * width / 32), generator), images, share)  # [B, w]
+    drawn = batch_of(images, share)
+    rows = own(_shifted(drawn, height, round(pad * height / 32), generator), images, share)  # [B, h]
+    columns = own(_shifted(drawn, width, round(pad * width / 32), generator), images, share)  # [B, w]
     images = images.gather(2, rows[:, None, :, None].expand(batch, channels, height, width))
     return images.gather(3, columns[:, None, None, :].expand(batch, channels, height, width))
 
 
 def jitter(images: Tensor, *, strength: float, generator: Generator, share: Share | None = None) -> Tensor:
     """Scale brightness, contrast, then saturation of each image, by factors in [1 - strength, 1 + strength]."""
-    factors = 1 + strength * (2 * _uniform((3, _batch(images, share), 1, 1, 1), generator) - 1)
-    brightness, contrast, saturation = _own(factors, images, share, dim=1).to(images.dtype)
+    factors = 1 + strength * (2 * uniform((3, batch_of(images, share), 1, 1, 1), generator) - 1)
+    brightness, contrast, saturation = own(factors, images, share, dim=1).to(images.dtype)
     images = (images * brightness).clamp(0, 1)
-    mean = _grey(images).mean(dim=(2, 3), keepdim=True)
+    mean = grey(images).mean(dim=(2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp(0, 1)
-    return torch.lerp(_grey(images), images, saturation).clamp(0, 1)
+    return torch.lerp(grey(images), images, saturation).clamp(0, 1)
 
 
 def erase(images: Tensor, *, probability: float, generator: Generator, share: Share | None = None) -> Tensor:
     """Paint a random rectangle in the image's mean colour, in each image with this probability."""
     _, _, height, width = images.shape
-    chance, size, shape, top, left = _uniform((5, _batch(images, share)), generator)
+    chance, size, shape, top, left = uniform((5, batch_of(images, share)), generator)
     area = ERASE_AREA[0] + size * (ERASE_AREA[1] - ERASE_AREA[0])
     aspect = torch.exp((2 * shape - 1) * torch.log(torch.tensor(ERASE_ASPECT[1])))
     tall = (height * (area * aspect).sqrt()).round().clamp(1, height)
@@ -115,57 +109,34 @@ def erase(images: Tensor, *, probability: float, generator: Generator, share: Sh
     tall = torch.where(chance < probability, tall, 0)
     first_row, first_column = (top * (height - tall + 1)).floor(), (left * (width - wide + 1)).floor()
     box = torch.stack((first_row, first_row + tall, first_column, first_column + wide))
-    inside = _inside(_own(box, images, share, dim=1), height, width)
+    inside = _inside(own(box, images, share, dim=1), height, width)
     return torch.where(inside, images.mean(dim=(2, 3), keepdim=True), images)
 
 
 def mixup(images: Tensor, targets: Tensor, *, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """Blend each image and its target float [B, C] with another one of the batch, by Beta(alpha, alpha)."""
-    partner = _send(torch.randperm(len(images), generator=generator, device=generator.device), images)
-    own = _send(_beta(len(images), alpha, generator), images).to(images.dtype)  # [B]
-    blended = torch.lerp(images[partner], images, own[:, None, None, None])
-    return blended, torch.lerp(targets[partner], targets, own[:, None])
+    partner = send(torch.randperm(len(images), generator=generator, device=generator.device), images)
+    kept = send(_beta(len(images), alpha, generator), images).to(images.dtype)  # [B]
+    blended = torch.lerp(images[partner], images, kept[:, None, None, None])
+    return blended, torch.lerp(targets[partner], targets, kept[:, None])
 
 
 def cutmix(images: Tensor, targets: Tensor, *, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """Paste a box of another image of the batch into each; targets float [B, C] mix by the area kept."""
     batch, _, height, width = images.shape
-    partner = _send(torch.randperm(batch, generator=generator, device=generator.device), images)
+    partner = send(torch.randperm(batch, generator=generator, device=generator.device), images)
     side = (1 - _beta(batch, alpha, generator)).sqrt()
-    middle = _uniform((2, batch), generator)
+    middle = uniform((2, batch), generator)
     box = torch.cat([_span(middle[0], side, height), _span(middle[1], side, width)])  # [4, B]
-    inside = _inside(_send(box, images), height, width)
-    own = 1 - inside.to(images.dtype).mean(dim=(1, 2, 3))  # what is left after clipping at the border
-    return torch.where(inside, images[partner], images), torch.lerp(targets[partner], targets, own[:, None])
+    inside = _inside(send(box, images), height, width)
+    kept = 1 - inside.to(images.dtype).mean(dim=(1, 2, 3))  # what is left after clipping at the border
+    return torch.where(inside, images[partner], images), torch.lerp(targets[partner], targets, kept[:, None])
 
 
 def _check(name: str, value: float, low: float, high: float, meaning: str) -> None:
     if not low <= value <= high:
         bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
         raise DataError(f"Augment.{name} is {meaning}, {bound}; got {value}: give a value in that range")
-
-
-def _uniform(shape: Sequence[int], generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device)
-
-
-def _batch(images: Tensor, share: Share | None) -> int:
-    """For how many images is drawn."""
-    return len(images) if share is None else share.batch
-
-
-def _own(draws: Tensor, images: Tensor, share: Share | None, *, dim: int = 0) -> Tensor:
-    """Of a batch's draws, one image after another along `dim`, those for the images at hand, on their device."""
-    return _send(draws if share is None else draws.narrow(dim, share.first, len(images)), images)
-
-
-def _send(draws: Tensor, images: Tensor) -> Tensor:
-    """The draws on the images' device; pinned on the way, since a pageable copy may wait for the device."""
-    if draws.device == images.device:
-        return draws
-    if images.device.type == "cuda" and draws.device.type == "cpu":
-        draws = draws.pin_memory()
-    return draws.to(images.device, non_blocking=True)
 
 
 def _shifted(batch: int, length: int, pad: int, generator: Generator) -> Tensor:
@@ -198,9 +169,3 @@ def _inside(box: Tensor, height: int, width: int) -> Tensor:
     rows, columns = (row >= top) & (row < bottom), (column >= left) & (column < right)
     inside: Tensor = rows[:, :, None] & columns[:, None, :]
     return inside[:, None]
-
-
-def _grey(images: Tensor) -> Tensor:
-    """Luma float [B, 1, h, w]."""
-    grey: Tensor = LUMA[0] * images[:, 0:1] + LUMA[1] * images[:, 1:2] + LUMA[2] * images[:, 2:3]
-    return grey

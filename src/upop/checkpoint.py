@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upop.errors import UpopError, said
-from upop.folder import digest, disk_errors
+from upop.folder import digest, disk_errors, sweep, take_away
 from upop.reading import read_json
 
 log = logging.getLogger(__name__)
@@ -56,10 +56,7 @@ class Keeper:
         with disk_errors(self.folder):
             path = write(self.folder, state)
             for old in _numbered(self.folder)[:-KEEP]:
-                # Out of sight first: a kill must not leave half of one.
-                gone = old.with_name(f".{old.name}.partial")
-                old.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                take_away(old)
         self._latest = time.monotonic()
         return path
 
@@ -89,8 +86,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     known = _numbered(folder)
     path = folder / f"{int(known[-1].name) + 1 if known else 0:08}"
-    for left in folder.glob(".*.partial"):  # by a write, or a removal, that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    sweep(folder)
     temporary = folder / f".{path.name}.partial"
     try:
         temporary.mkdir()

@@ -86,6 +86,12 @@ class PruneConfig(BaseModel):
     )
     temperature: float = Field(2.0, gt=0, description="temperature of distillation")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 = off")
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the average over steps that fine-tuning and retraining end with; 0 = off",
+    )
 
     structures: str = Field("attn,mlp", description=f"what competes in the ranking, some of: {', '.join(KINDS)}")
     align: str = Field(
@@ -134,6 +140,9 @@ class PruneConfig(BaseModel):
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0 = off")
     erasing: float = Field(0.0, ge=0, le=1, description="probability of random erasing")
     color: float = Field(0.0, ge=0, le=1, description="strength of colour jitter")
+    randaugment: int = Field(
+        0, ge=0, le=14, description="random operations on each image, as TrivialAugment draws one; 0 = off"
+    )
 
     validation: float | None = Field(
         None, gt=0, description="images (> 1) or share (< 1) of train held out (0.1; digits 0.15)"

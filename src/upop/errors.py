@@ -31,9 +31,14 @@ class StopError(UpopError):
     """A run was asked to stop, by a signal, and says how to go on."""
 
 
-def said(error: BaseException) -> str:
-    """What an error of a library says, in one line that is not too long."""
-    text = " ".join(str(error).split())[:200]
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The beginning of an error's message, at most so many characters, on one line."""
+    return " ".join(str(error).split())[:most]
+
+
+def said(error: BaseException, most: int = 200) -> str:
+    """What an error of a library is and says, in one line that is not too long."""
+    text = one_line(error, most)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

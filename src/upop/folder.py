@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from upop.errors import UpopError
+from upop.errors import UpopError, said
 from upop.lock import LOCK, held, refuse_if_held
 from upop.reading import check_file, read_json
 
@@ -108,8 +108,7 @@ class RunFolder:
     def sweep(self) -> None:
         """Take away what writes that were cut off have left."""
         if self.main:
-            for path in self.path.glob(".*.partial"):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            sweep(self.path)
 
     def tidy(self) -> None:
         """Take away what only a run that is not complete needs."""
@@ -170,12 +169,9 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """Take a sub-folder away; a kill meanwhile leaves none of it under its name."""
-        path, gone = self.path / name, self.path / f".{name}.partial"
-        if self.main and path.exists():
-            shutil.rmtree(gone, ignore_errors=True)
+        if self.main and (self.path / name).exists():
             with contextlib.suppress(OSError):
-                path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+                take_away(self.path / name)
 
     @contextlib.contextmanager
     def log_file(self) -> Iterator[None]:
@@ -211,6 +207,20 @@ def write_whole(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Take away what writes, and removals, that were cut off have left in `folder`."""
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def take_away(path: Path) -> None:
+    """Remove a folder; it is out of sight first, so that a kill meanwhile leaves no half of it under its name."""
+    gone = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Full and read-only disks as one clear line."""
@@ -227,7 +237,7 @@ def spare(path: Path, warnings: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a picture may fail in any way
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        what = getattr(error, "strerror", None) or said(error, 150)
         warnings.append(f"{path.name}: could not be written ({what}); all else is there")
         log.warning("%s", warnings[-1])
         with contextlib.suppress(OSError):  # half of it may be there

@@ -69,7 +69,7 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
     classification head will do: it gets a fresh one.
     Raises ModelError for names that are neither shape, folder nor Hub name, and for folders that do not load.
     """
-    if (shape := _shape(name)) is not None and not Path(name).exists():
+    if not Path(name).exists() and (shape := _shape(name)) is not None:
         torch.manual_seed(seed)
         return LoadedModel(_build(shape), shape.image_size, shape.mean, shape.std, trained=False)
     from upop.hub import fetch

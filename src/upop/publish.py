@@ -5,7 +5,7 @@ Uploads what loading reads and the card, nothing else that lies there.
 
 from pathlib import Path
 
-from upop.errors import ModelError
+from upop.errors import ModelError, one_line, said
 from upop.hub import LOGIN, WANTED
 from upop.pretrained import CODE
 from upop.vetting import vet
@@ -37,7 +37,7 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
             commit_message="A model pruned with upop",
         )
     except HFValidationError as error:
-        raise ModelError(f"{repository}: {' '.join(str(error).split())[:200]}") from None
+        raise ModelError(f"{repository}: {one_line(error, 200)}") from None
     except Exception as error:  # the network's, the server's, the disk's: each with an exception of its own
         raise ModelError(f"{repository}: {source} could not be uploaded: {_reason(error)}") from error
     return str(address)
@@ -60,5 +60,4 @@ def _reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set; unset it"
     if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
         return f"the Hub does not let you write there; {LOGIN} and a token that may write"
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}; check the network and try again"
+    return f"{said(error)}; check the network and try again"

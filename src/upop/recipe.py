@@ -29,6 +29,7 @@ class FitOptions:
         distill_features: weight, >= 0, of `feature_loss` between the last hidden states of student and teacher.
         clip: largest gradient norm; 0 = off.
         accumulate: micro-batches per optimizer step; the batch is split, so that steps and results keep their meaning.
+        ema: decay, in [0, 1), of the running average of the weights that training ends with; 0 = its last weights.
         seed: of dropout and the like.
     """
 
@@ -44,6 +45,7 @@ class FitOptions:
     distill_features: float = 0.0
     clip: float = 1.0
     accumulate: int = 1
+    ema: float = 0.0
     seed: int = 0
 
 

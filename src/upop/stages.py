@@ -248,6 +248,7 @@ class Stages:
             temperature=c.temperature,
             clip=c.clip,
             accumulate=c.accumulate,
+            ema=c.ema if stage != "search" else 0.0,
             seed=c.seed,
         )
         self.run.observer.stage(stage, about)
@@ -355,5 +356,5 @@ class Stages:
             plan.loaded,
             self.run.accelerator,
             classes=len(plan.data.classes),
-            augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color),
+            augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color, c.randaugment),
         )

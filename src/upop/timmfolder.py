@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from upop.errors import ModelError
+from upop.errors import ModelError, said
 from upop.families import find_structures
 from upop.families.parts import installed
 from upop.structures import Structure, widths
@@ -68,8 +68,7 @@ def load(folder: Path, config: Mapping[str, Any], promise: Promise) -> nn.Module
     except ModelError:
         raise
     except Exception as error:  # whatever timm or torch make of somebody's config
-        text = " ".join(str(error).split())[:200]
-        raise ModelError(f"{folder}: cannot load the timm model ({type(error).__name__}: {text})") from error
+        raise ModelError(f"{folder}: cannot load the timm model ({said(error)})") from error
     return model
 
 

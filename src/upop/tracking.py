@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
-from upop.errors import UpopError, nearest
+from upop.errors import UpopError, nearest, said
 from upop.folder import TRACKED
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Tracking:
             if go_on is None and self._accelerator.is_main_process:
                 shutil.rmtree(self._folder if new else place, ignore_errors=True)
             which = ", ".join(str(tracker) for tracker in self._accelerator.log_with)
-            raise UpopError(f"tracker {which}: cannot start ({_short(error)}); log in, or leave it out") from error
+            raise UpopError(f"tracker {which}: cannot start ({said(error, 300)}); log in, or leave it out") from error
         self._go_on = {tracker.name: found for tracker in self._trackers if (found := _identity(tracker))}
 
     def state(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Tracking:
             call()
         except Exception as error:  # a server that is gone, a full disk, a library's own fault
             self._accelerator.trackers.remove(tracker)
-            self.warnings.append(f"tracker {tracker.name}: failed ({_short(error)}) and was told nothing more")
+            self.warnings.append(f"tracker {tracker.name}: failed ({said(error, 300)}) and was told nothing more")
             log.warning("%s", self.warnings[-1])
 
 
@@ -169,7 +169,3 @@ def _show(tracker: Any, file: Path, step: int) -> None:
         tracker.log_images({name: pixels_1HWC}, step=step, **options)
     else:
         log.info("tracker %s: takes no pictures; see %s", tracker.name, file)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from upop import processes
+from upop.average import Average
 from upop.data import Batches
 from upop.errors import TrainingError
 from upop.losses import TrainingLoss, make_loss
@@ -156,22 +157,24 @@ def fit(
     factor = rate_factor(steps, options)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in ready]
     tally = _Tally(steps, options, accelerator.device)
+    average = Average(model, options.ema)
     prepared.train()
     if start is not None:
         with taking_over("--resume"):
-            _load_state(start, ready, tally, accelerator.device)
+            _load_state(start, ready, tally, average, accelerator.device)
     passes = _Passes(prepared, options, accelerator, hook, task, ready, tally)
     first, skip = divmod(tally.step, len(batches))
     with closing(task):
         for epoch in range(first, math.ceil(steps / len(batches))):
             tally.start(epoch, fresh=epoch > first or skip == 0)
             for images, labels in itertools.islice(batches.epoch(epoch, skip), steps - tally.step):
-                keep(lambda: _state(ready, tally, accelerator.device))
+                keep(lambda: _state(ready, tally, average, accelerator.device))
                 _set_rates(ready, peaks, factor(tally.step))
                 sums = processes.add_up_(passes.backward(images, labels, _in_all(images, batches)))
                 if _finite(model, sums, hook, options, accelerator):
                     for optimizer in ready:
                         optimizer.step()
+                    average.step()
                     hook.step()
                     tally.add(sums)
                 else:
@@ -182,7 +185,9 @@ def fit(
                 seen = len(images) * processes.count()
                 report(tally.progress(peaks[0][0] * factor(tally.step - 1), seen, hook))
             skip = 0
-            epoch_end(epoch + 1)
+            with average.in_place():
+                epoch_end(epoch + 1)
+    average.give()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     accelerator.free_memory()
     # Accelerate leaves its marks on the model; copies of it would count as prepared, and train in the wrong precision.
@@ -197,20 +202,24 @@ def _in_all(images: Tensor, batches: Batches) -> int:
     return len(images) if processes.count() == 1 else batches.batch_size
 
 
-def _state(optimizers: Sequence[Any], tally: "_Tally", device: torch.device) -> State:
+def _state(optimizers: Sequence[Any], tally: "_Tally", average: Average, device: torch.device) -> State:
     gpu = device.type == "cuda"
     return {
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "tally": tally.state_dict(),
+        "average": average.state_dict(),
         "random": processes.gather(torch.get_rng_state()),
         "random_device": processes.gather(torch.cuda.get_rng_state(device)) if gpu else None,
     }
 
 
-def _load_state(state: State, optimizers: Sequence[Any], tally: "_Tally", device: torch.device) -> None:
+def _load_state(
+    state: State, optimizers: Sequence[Any], tally: "_Tally", average: Average, device: torch.device
+) -> None:
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     tally.load_state_dict(state["tally"])
+    average.load_state_dict(state["average"])
     # Dropout and the like, each process its own; with another number of processes there is nothing to go on with.
     if len(state["random"]) == processes.count():
         torch.set_rng_state(state["random"][processes.index()])

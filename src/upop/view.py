@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from upop.data import MemorySplit, load_data
-from upop.data.items import MOST_PIXELS, one_line, upright
-from upop.errors import DataError, ModelError, UpopError
+from upop.data.items import MOST_PIXELS, upright
+from upop.errors import DataError, ModelError, UpopError, one_line, said
 from upop.families import find_structures
 from upop.folder import weights_hash
 from upop.models import LoadedModel, image_processor, load_model
@@ -178,7 +178,7 @@ def read_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise DataError(f"this is not an image; expected one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise about anything on broken files
-        raise DataError(f"this image cannot be read ({type(error).__name__}: {one_line(error)})") from error
+        raise DataError(f"this image cannot be read ({said(error, 300)})") from error
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from upop.augment import Augment, crop, cutmix, erase, flip, jitter, mixup
 from upop.errors import DataError
+from upop.randaugment import randaugment
 
 
 def generator(seed: int = 0) -> Generator:
@@ -31,6 +32,7 @@ EVERY: dict[str, Callable[..., Tensor]] = {
     "flip": lambda x, g: flip(x, generator=g),
     "crop": lambda x, g: crop(x, pad=8, generator=g),
     "jitter": lambda x, g: jitter(x, strength=0.5, generator=g),
+    "randaugment": lambda x, g: randaugment(x, operations=2, generator=g),
     "erase": lambda x, g: erase(x, probability=0.5, generator=g),
     "mixup": lambda x, g: mixup(x, torch.eye(len(x)), alpha=0.8, generator=g)[0],
     "cutmix": lambda x, g: cutmix(x, torch.eye(len(x)), alpha=0.8, generator=g)[0],
@@ -184,7 +186,7 @@ def test_augment_off_changes_nothing() -> None:
 
 def test_augment_gives_integer_labels_unless_it_mixes() -> None:
     images, labels = pictures(8), torch.arange(8)
-    _, kept = Augment(color=0.3, erasing=0.5)(images, labels, num_classes=9, generator=generator())
+    _, kept = Augment(color=0.3, erasing=0.5, randaugment=1)(images, labels, num_classes=9, generator=generator())
     assert torch.equal(kept, labels)
     for augment in (Augment(mixup=0.5), Augment(cutmix=0.5), Augment(mixup=0.5, cutmix=0.5)):
         _, mixed = augment(images, labels, num_classes=9, generator=generator())
@@ -211,6 +213,7 @@ def test_mixup_and_cutmix_together_take_turns() -> None:
         ({"crop": 32}, r"Augment\.crop .* got 32"),
         ({"erasing": 1.5}, r"Augment\.erasing is a probability, from 0 to 1; got 1\.5"),
         ({"color": 2.0}, r"Augment\.color is a strength, from 0 to 1; got 2\.0"),
+        ({"randaugment": 15}, r"Augment\.randaugment is operations, from 0 to 14; got 15"),
         ({"mixup": -0.1}, r"Augment\.mixup is the alpha of a Beta distribution, at least 0; got -0\.1"),
         ({"cutmix": float("nan")}, r"Augment\.cutmix .* got nan"),
     ],

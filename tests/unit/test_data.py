@@ -961,7 +961,7 @@ def test_a_split_smaller_than_a_batch_is_one_batch() -> None:
 @pytest.mark.parametrize("kind", ["memory", "stream", "workers"])
 def test_starting_at_batch_k_equals_an_uninterrupted_epoch(tmp_path: Path, kind: str) -> None:
     split: Split = held(44) if kind == "memory" else streamed(tmp_path / "d")
-    augment = Augment(mixup=0.5, cutmix=0.5, erasing=0.5, color=0.4)
+    augment = Augment(mixup=0.5, cutmix=0.5, erasing=0.5, color=0.4, randaugment=1)
     workers = 2 if kind == "workers" else 0
     loader = batches(split, train=True, augment=augment, workers=workers)
     whole = list(loader.epoch(3))
@@ -1076,7 +1076,7 @@ def test_batches_refuse_to_start_after_the_end() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_never_make_the_host_wait_for_the_gpu_and_equal_those_of_the_cpu() -> None:
     split = held(64, 32, 32)
-    augment = Augment(erasing=0.5, color=0.4, mixup=0.5, cutmix=0.5)
+    augment = Augment(erasing=0.5, color=0.4, mixup=0.5, cutmix=0.5, randaugment=2)
     here, there = (batches(split, train=True, augment=augment, size=40, device=d) for d in ("cpu", "cuda"))
     list(there)  # loads kernels
     torch.cuda.set_sync_debug_mode("error")

@@ -19,18 +19,19 @@ def test_built_in_shapes_are_the_same_for_the_same_seed():
 
 def test_a_shape_can_be_varied():
     config = load_model("deit-tiny-cifar-6layers-patch8-width96").model.config
-    assert (config.num_hidden_layers, config.patch_size, config.hidden_size, config.intermediate_size) == (
-        6,
-        8,
-        96,
-        384,
-    )
-    assert (config.num_attention_heads, config.image_size) == (3, 32)
+    assert (config.num_hidden_layers, config.patch_size, config.num_attention_heads) == (6, 8, 3)
+    assert (config.hidden_size, config.intermediate_size, config.image_size) == (96, 384, 32)
     with pytest.raises(ModelError, match=r"a width that 3 heads share .* got width 100 and patch 4"):
         load_model("deit-tiny-cifar-width100")
     for name in ("deit-tiny-cifar-0layers", "deit-tiny-cifar-width", "deit-tiny-cifar-6layers-6layers"):
         with pytest.raises(ModelError, match="expected a built-in shape"):
             load_model(name)
+
+
+def test_a_folder_is_loaded_even_if_it_is_called_like_a_shape_that_cannot_be(make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("deit-tiny-width100")
+    assert load_model("deit-tiny-width100").trained
 
 
 def test_a_folder_saved_in_bfloat16_is_trained_and_judged_in_float32(make_model, tmp_path):

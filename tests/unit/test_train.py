@@ -265,6 +265,60 @@ def test_training_on_features_that_is_resumed_ends_with_the_same_bits(make_model
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def averaged(trajectory, start, decay):
+    """The slow way, in float64: after step t, the average forgets by (1 + t) / (10 + t) at most."""
+    mean = [p.double() for p in start]
+    for t, weights in enumerate(trajectory, 1):
+        keep = min(decay, (1 + t) / (10 + t))
+        mean = [keep * m + (1 - keep) * w.double() for m, w in zip(mean, weights, strict=True)]
+    return mean
+
+
+def test_with_ema_training_is_the_same_and_ends_with_the_average_of_its_weights(make_model, split, accelerator):
+    class Watch(NoHook):
+        def __init__(self, model):
+            self.model, self.seen = model, []
+
+        def step(self):
+            self.seen.append([p.detach().clone() for p in self.model.parameters()])
+
+    plain = make_model("vit", labels=4)
+    mean = copy.deepcopy(plain)
+    start = [p.detach().clone() for p in plain.parameters()]
+    watches, shown = [Watch(plain), Watch(mean)], []
+    for watch, ema in zip(watches, (0.0, 0.6), strict=True):
+        fit(
+            watch.model,
+            batches(split, train=True),
+            FitOptions(epochs=4, lr=2e-3, ema=ema),
+            accelerator=accelerator,
+            hook=watch,
+            epoch_end=lambda epoch, watch=watch: shown.append([p.detach().clone() for p in watch.model.parameters()]),
+        )
+    for a, b in zip(watches[0].seen, watches[1].seen, strict=True):
+        assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+    assert all(torch.equal(p, last) for p, last in zip(plain.parameters(), watches[0].seen[-1], strict=True))
+    for epoch in range(4):
+        expected = averaged(watches[1].seen[: 3 * (epoch + 1)], start, 0.6)
+        for found, value in zip(shown[4 + epoch], expected, strict=True):
+            torch.testing.assert_close(found.double(), value, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(p, value) for p, value in zip(mean.parameters(), shown[-1], strict=True))
+    assert not torch.equal(next(mean.parameters()), next(plain.parameters()))
+
+
+def test_training_with_ema_that_is_resumed_ends_with_the_same_bits(make_model, split, accelerator):
+    whole = make_model("vit", labels=4)
+    resumed = copy.deepcopy(whole)
+    options = FitOptions(epochs=2, lr=1e-3, ema=0.9)
+    kept = []
+    keep = lambda state: kept.append(copy.deepcopy((state(), whole.state_dict())))  # noqa: E731
+    fit(whole, batches(split, train=True), options, keep=keep, accelerator=accelerator)
+    state, weights = kept[4]
+    resumed.load_state_dict(weights)
+    fit(resumed, batches(split, train=True), options, start=state, accelerator=accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_features_are_taken_from_a_compiled_model_that_was_not_used_before(make_model, split, accelerator):
     teacher, plain = make_model("vit", labels=4, seed=1), make_model("vit", labels=4)
     compiled = copy.deepcopy(plain)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from upop.augment import Augment, Share
+from upop.augment import Augment
+from upop.draws import Share
 from upop.data.splits import MemorySplit, Split, StreamSplit
 from upop.errors import DataError
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from upop.data.items import FileItems, Pixels, one_line
+from upop.data.items import FileItems, Pixels
 from upop.data.listing import SPLITS, Listing, key_of
-from upop.errors import DataError
+from upop.errors import DataError, one_line
 
 SUFFIXES = frozenset(
     [

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from upop.errors import DataError, UpopError
+from upop.errors import DataError, UpopError, one_line, said
 from upop.reading import read_bytes
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -132,7 +132,7 @@ def decode(items: Items, index: int, size: Size) -> Pixels:
         raise DataError(f"{error}, or leave such files out with skip_bad") from error
     except Exception as error:  # Pillow's decoders raise about anything on broken files
         raise DataError(
-            f"{full_name(items, index)}: expected an image, got {type(error).__name__}: {one_line(error)}; "
+            f"{full_name(items, index)}: expected an image, got {said(error, 300)}; "
             "remove or replace it, or leave such files out with skip_bad"
         ) from error
 
@@ -142,11 +142,6 @@ def _pixels(image: Image.Image, size: int | None) -> Pixels:
     if size is not None:
         rgb = _centre(rgb, size)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's message, on one line."""
-    return " ".join(str(error).split())[:300]
 
 
 def common_size(items: Items) -> tuple[int, int] | None:

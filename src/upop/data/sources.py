@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from upop.data.folders import cifar_batches, image_folder, is_cifar_batches
-from upop.data.items import one_line
 from upop.data.listing import Listing
 from upop.data.tables import hub_dataset, parquet_folder, parquet_names
-from upop.errors import DataError, nearest
+from upop.errors import DataError, nearest, one_line
 
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 KNOWN = (*HUB_NAMES, "digits")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from upop.data import cache
-from upop.data.items import MOST_BYTES, Ints, one_line
+from upop.data.items import MOST_BYTES, Ints
 from upop.data.listing import SPLITS, Listing, key_of
-from upop.errors import DataError, UpopError
+from upop.errors import DataError, UpopError, one_line
 from upop.hub import reason
 from upop.reading import check_file, parse_json, read_bytes, size
 
