@@ -22,7 +22,7 @@ CURRENCY = (
     "counts channels, so its `pruning_ratio` is bisected until the parameters are right (`tries`)."
 )
 FAIRNESS = (
-    "Equal for all: dense model, data and split, batch size, optimizer (AdamW), augmentation, number of training "
+    "Equal for all: dense model, data and split, batch size, optimizer, augmentation, number of training "
     "epochs in all, and the way to a learning rate for retraining: the best on validation of the same few, at 80 % "
     "with another seed. upop searches for a part of the epochs and retrains for the rest; Torch-Pruning does not "
     "train while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked four times on 16 "
@@ -172,7 +172,7 @@ def _about(results: Results) -> list[str]:
         f"- data: {all_of(lambda r: r['spec']['data'])}"
         + "".join(f", {n} images of each split only" for n in {r["spec"]["subset"] for r in every} if n),
         f"- training epochs in all: {all_of(lambda r: r['spec']['epochs'])}{_search_share(every)}; batch size "
-        f"{all_of(lambda r: r['spec']['batch_size'])}",
+        f"{all_of(lambda r: r['spec']['batch_size'])}, optimizer {all_of(lambda r: r['spec']['optimizer'])}",
         f"- runs: {len(results.runs)}, targets not met: {len(results.unreachable)}",
         f"- hardware: {all_of(lambda r: r['hardware']['device'])}, {all_of(lambda r: r['spec']['threads'])} thread(s) "
         "a run",

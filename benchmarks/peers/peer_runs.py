@@ -37,8 +37,9 @@ SCHEMA = 1
 UPOP, UPOP_ONCE, SCRATCH = "upop", "upop-one-shot", "scratch"
 SETTINGS = (UPOP, UPOP_ONCE, *peers.SETTINGS, SCRATCH)
 LATENCY_BATCHES = (1, 64)
-# What studies/claims.toml has, for everybody. The search's rate is not among the rates chosen from here.
-RECIPE: dict[str, Any] = {"optimizer": "adamw", "batch_size": 128, "lr_search": 5e-4}
+BATCH_SIZE = 128
+# The search's rate is not among the rates chosen from here: what the studies `claims` and `recipe` have.
+LR_SEARCH = {"adamw": 5e-4, "muon": 2.5e-3}
 CHOICE_RATIO, CHOICE_SEED = 0.8, 100
 TAYLOR_BATCHES, TAYLOR_BATCH_SIZE = 50, 64  # the batches of Isomorphic Pruning, the batch size of Torch-Pruning
 PLAIN_STEPS = 24  # of ordinary training, for what a step costs without a search
@@ -57,6 +58,7 @@ class Options:
     data: str
     epochs: float = 1.0
     search_share: float = 0.5
+    optimizer: str = "adamw"
     rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3)
     subset: int | None = None
     threads: int = 1
@@ -98,7 +100,12 @@ def spec(job: Job, options: Options) -> dict[str, Any]:
     shared |= {"data": Path(options.data).name, "start": weights_hash(Path(options.dense))}
     if job.rate is not None:
         del shared["rates"]  # what it was chosen from is no part of the run
-    return {"schema": SCHEMA, **dataclasses.asdict(job), "how": how, **RECIPE, **shared}
+    return {"schema": SCHEMA, **dataclasses.asdict(job), "how": how, **_recipe(options), **shared}
+
+
+def _recipe(options: Options) -> dict[str, Any]:
+    """What is the same for everybody, as fields of a configuration."""
+    return {"optimizer": options.optimizer, "batch_size": BATCH_SIZE, "lr_search": LR_SEARCH[options.optimizer]}
 
 
 def carry_out(job: Job, options: Options) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _config(job: Job, options: Options, out: str) -> PruneConfig:
         latency_seconds=options.latency_seconds,
         checkpoint_minutes=0,
         device="cpu",
-        **RECIPE,
+        **_recipe(options),
     )
 
 
@@ -161,7 +168,7 @@ class Bench:
         augment = Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color, c.randaugment)
         # upop's stages each draw their own order of the images.
         batches = self.batches("train", augment=augment, seed=c.seed + 1_000_003 * RETRAIN)
-        same = ("optimizer", "weight_decay", "warmup", "label_smoothing", "clip", "accumulate", "seed")
+        same = ("optimizer", "weight_decay", "warmup", "label_smoothing", "clip", "accumulate", "ema", "seed")
         recipe: dict[str, Any] = {name: getattr(c, name) for name in same}
 
         def report(progress: Progress) -> None:
@@ -286,7 +293,8 @@ def _plain_steps(config: PruneConfig) -> tuple[float, int]:
     bench = Bench(config)
     steps: list[float] = []
     per_epoch = max(1, len(bench.plan.data.train) // bench.config.batch_size)
-    bench.retrain(copy.deepcopy(bench.dense), epochs=PLAIN_STEPS / per_epoch, rate=RECIPE["lr_search"], steps=steps)
+    rate = LR_SEARCH[bench.config.optimizer or "adamw"]
+    bench.retrain(copy.deepcopy(bench.dense), epochs=PLAIN_STEPS / per_epoch, rate=rate, steps=steps)
     return statistics.median(_differences(steps)), bench.plan.steps["search"]
 
 
@@ -410,6 +418,8 @@ def _command(job: Job, options: Options) -> str:
     default = Options("", "")
     parts += [f"--epochs {options.epochs:g}"] if options.epochs != default.epochs else []
     parts += [f"--search-share {options.search_share:g}"] if options.search_share != default.search_share else []
+    parts += [f"--optimizer {options.optimizer}"] if options.optimizer != default.optimizer else []
+    parts += [f"--rates {' '.join(f'{rate:g}' for rate in options.rates)}"] if options.rates != default.rates else []
     parts += [f"--subset {options.subset}"] if options.subset else []
     return " ".join(parts)
 

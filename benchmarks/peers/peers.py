@@ -78,6 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=1.0, help="in all; upop searches for a part of them")
     parser.add_argument("--search-share", type=float, default=Options("", "").search_share, help="that part")
+    parser.add_argument("--optimizer", choices=peer_runs.LR_SEARCH, default=Options("", "").optimizer)
     parser.add_argument("--rates", nargs="+", type=float, default=list(Options("", "").rates), help="to choose from")
     parser.add_argument("--subset", type=int, help="use only so many images of each split")
     parser.add_argument("--latency-seconds", type=float, default=0.5, help="per batch size")
@@ -101,6 +102,7 @@ def _options(args: argparse.Namespace) -> Options:
         data=args.data,
         epochs=args.epochs,
         search_share=args.search_share,
+        optimizer=args.optimizer,
         rates=tuple(args.rates),
         subset=args.subset,
         threads=args.threads,
@@ -184,7 +186,7 @@ def _do(job: Job, args: argparse.Namespace, options: Options) -> dict[str, Any]:
         return found | {"label": f"{job.label} (was done)"}
     command = [sys.executable, __file__, "--do", json.dumps(asdict(job)), "--out", str(args.out)]
     command += ["--dense", options.dense, "--data", options.data, "--epochs", str(options.epochs)]
-    command += ["--search-share", str(options.search_share)]
+    command += ["--search-share", str(options.search_share), "--optimizer", options.optimizer]
     command += ["--rates", *map(str, options.rates), "--threads", str(options.threads)]
     command += ["--latency-seconds", str(options.latency_seconds)]
     command += ["--subset", str(options.subset)] if options.subset else []

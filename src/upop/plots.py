@@ -58,9 +58,9 @@ def widths(result: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
         axes.set_xticks(range(layers), [str(n) for n in range(layers)])
         axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("layer")
+    axes.set_xlabel("layer; numbers: units left")
     removed = 100 * (1 - result["params"]["after"] / result["params"]["before"])
-    figure.suptitle(f"What survives with {removed:.0f} % of the parameters removed (numbers: units left)", fontsize=10)
+    figure.suptitle(f"What survives with {removed:.0f} % of the parameters removed", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
