@@ -264,12 +264,23 @@ def test_a_person_drops_a_picture_and_sees_what_both_models_say(server, tmp_path
 # ---------------------------------------------------------------- the command
 
 
+# As a terminal starts it: where the tests themselves run in the background, Ctrl-C is ignored by all that they start.
+HEEDING_CTRL_C = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('upop.cli', run_name='__main__')"
+)
+
+
 def test_the_command_says_where_the_page_is_and_ends_on_ctrl_c(run):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "upop.cli", "view", str(run)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    command = [sys.executable, "-c", HEEDING_CTRL_C, "view", str(run)]
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process,
+        contextlib.ExitStack() as last,
+    ):
+        last.callback(process.kill)  # whatever fails, the test ends
         lines = [process.stdout.readline() for _ in range(3)]
         assert (
             lines[0]
