@@ -88,7 +88,7 @@ def result(setting, seed, test, *, ratio=0.8, pruned=0.3, status="complete"):
     latency = {name: {"median_ms": ms} for name, ms in (("dense", 4.0), ("pruned", 2.0))}
     return {
         "spec": {"setting": setting, "ratio": ratio, "seed": seed, "data": "cifar10", "subset": None, "epochs": 1.0}
-        | {"batch_size": 128, "threads": 1},
+        | {"optimizer": "adamw", "batch_size": 128, "threads": 1},
         "status": status,
         "code": "c0de",
         "commit": "abc",
