@@ -26,8 +26,8 @@ FAIRNESS = (
     "epochs in all, and the way to a learning rate for retraining: the best on validation of the same few, at 80 % "
     "with another seed. upop searches for a part of the epochs and retrains for the rest; Torch-Pruning does not "
     "train while it prunes and gets ALL epochs for retraining, and so does upop-one-shot (ranked four times on 16 "
-    "batches without training, least-squares compensation). The learning rate of upop's search is the claims study's, "
-    "found on the same dense model before."
+    "batches without training, least-squares compensation). The learning rate of upop's search was found on the same "
+    "dense model before."
 )
 LIMITS = (
     "One model, one data set and short runs. The spread is over seeds of search and retraining from one dense model. "

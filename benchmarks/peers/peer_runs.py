@@ -25,7 +25,7 @@ from upop.data import Augment, Batches
 from upop.evaluation import evaluate
 from upop.folder import provenance, recorded, weights_hash
 from upop.models import load_model
-from upop.plan import Plan, cpu_threads, make_accelerator, make_batches, make_plan, set_attention
+from upop.plan import Plan, cpu_threads, make_accelerator, make_augment, make_batches, make_plan, set_attention
 from upop.profiling import compare_latency, count_macs, count_params
 from upop.recipe import FitOptions
 from upop.run import prune
@@ -38,7 +38,8 @@ UPOP, UPOP_ONCE, SCRATCH = "upop", "upop-one-shot", "scratch"
 SETTINGS = (UPOP, UPOP_ONCE, *peers.SETTINGS, SCRATCH)
 LATENCY_BATCHES = (1, 64)
 BATCH_SIZE = 128
-# The search's rate is not among the rates chosen from here: what the studies `claims` and `recipe` have.
+# To choose from for retraining; the search's rate is not among them: what the studies `claims` and `recipe` have.
+RATES = {"adamw": (2.5e-4, 5e-4, 1e-3, 2e-3), "muon": (1.25e-3, 2.5e-3, 5e-3, 1e-2)}
 LR_SEARCH = {"adamw": 5e-4, "muon": 2.5e-3}
 CHOICE_RATIO, CHOICE_SEED = 0.8, 100
 TAYLOR_BATCHES, TAYLOR_BATCH_SIZE = 50, 64  # the batches of Isomorphic Pruning, the batch size of Torch-Pruning
@@ -59,7 +60,7 @@ class Options:
     epochs: float = 1.0
     search_share: float = 0.5
     optimizer: str = "adamw"
-    rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = RATES["adamw"]
     subset: int | None = None
     threads: int = 1
     latency_seconds: float = 0.5
@@ -165,7 +166,7 @@ class Bench:
     def retrain(self, model: nn.Module, *, epochs: float, rate: float, steps: list[float] | None = None) -> float:
         """As upop's stage `retrain`, to the same bits; returns its CPU seconds. `steps` takes the time after each."""
         c = self.config
-        augment = Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color, c.randaugment)
+        augment = make_augment(c)
         # upop's stages each draw their own order of the images.
         batches = self.batches("train", augment=augment, seed=c.seed + 1_000_003 * RETRAIN)
         same = ("optimizer", "weight_decay", "warmup", "label_smoothing", "clip", "accumulate", "ema", "seed")
@@ -419,7 +420,11 @@ def _command(job: Job, options: Options) -> str:
     parts += [f"--epochs {options.epochs:g}"] if options.epochs != default.epochs else []
     parts += [f"--search-share {options.search_share:g}"] if options.search_share != default.search_share else []
     parts += [f"--optimizer {options.optimizer}"] if options.optimizer != default.optimizer else []
-    parts += [f"--rates {' '.join(f'{rate:g}' for rate in options.rates)}"] if options.rates != default.rates else []
+    parts += (
+        [f"--rates {' '.join(f'{rate:g}' for rate in options.rates)}"]
+        if options.rates != RATES[options.optimizer]
+        else []
+    )
     parts += [f"--subset {options.subset}"] if options.subset else []
     return " ".join(parts)
 

@@ -79,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1.0, help="in all; upop searches for a part of them")
     parser.add_argument("--search-share", type=float, default=Options("", "").search_share, help="that part")
     parser.add_argument("--optimizer", choices=peer_runs.LR_SEARCH, default=Options("", "").optimizer)
-    parser.add_argument("--rates", nargs="+", type=float, default=list(Options("", "").rates), help="to choose from")
+    parser.add_argument("--rates", nargs="+", type=float, help="to choose from; each optimizer has its own")
     parser.add_argument("--subset", type=int, help="use only so many images of each split")
     parser.add_argument("--latency-seconds", type=float, default=0.5, help="per batch size")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -103,7 +103,7 @@ def _options(args: argparse.Namespace) -> Options:
         epochs=args.epochs,
         search_share=args.search_share,
         optimizer=args.optimizer,
-        rates=tuple(args.rates),
+        rates=tuple(args.rates or peer_runs.RATES[args.optimizer]),
         subset=args.subset,
         threads=args.threads,
         latency_seconds=args.latency_seconds,

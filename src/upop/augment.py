@@ -35,7 +35,8 @@ class Augment:
         _check("crop", self.crop, 0, 31, "pixels of a 32 px image")
         _check("erasing", self.erasing, 0, 1, "a probability")
         _check("color", self.color, 0, 1, "a strength")
-        _check("randaugment", self.randaugment, 0, 14, "operations")
+        if self.randaugment not in range(15):
+            raise DataError(f"Augment.randaugment is a number of operations, from 0 to 14; got {self.randaugment}")
         _check("mixup", self.mixup, 0, float("inf"), "the alpha of a Beta distribution")
         _check("cutmix", self.cutmix, 0, float("inf"), "the alpha of a Beta distribution")
 

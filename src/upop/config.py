@@ -312,6 +312,16 @@ def given_values(config: PruneConfig) -> dict[str, Any]:
     return values | ({"model": "a folder"} if Path(config.model).is_dir() else {})
 
 
+def is_given(found: object, config: PruneConfig) -> bool:
+    """Whether `found`, `given_values` as JSON, perhaps of a version that had fewer options, is that of `config`."""
+    wanted = json.loads(json.dumps(given_values(config)))
+    if not isinstance(found, dict):
+        return False
+    # An option that was not known was as it is by default.
+    usual = {name: PruneConfig.model_fields[name].default for name in wanted if name not in found}
+    return bool(usual | found == wanted)
+
+
 def command_line(config: PruneConfig) -> str:
     """The `upop prune` line that does this run: every option that is not at its default."""
     parts = ["upop", "prune"]

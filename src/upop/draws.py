@@ -40,7 +40,7 @@ def send(draws: Tensor, images: Tensor) -> Tensor:
         return draws
     if images.device.type == "cuda" and draws.device.type == "cpu":
         draws = draws.pin_memory()
-    return draws.to(images.device, non_blocking=True)
+    return draws.to(images.device, non_blocking=images.device.type == "cuda")
 
 
 def own(draws: Tensor, images: Tensor, share: Share | None, *, dim: int = 0) -> Tensor:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from upop.errors import UpopError, said
+from upop.errors import UpopError, one_line, said
 from upop.lock import LOCK, held, refuse_if_held
 from upop.reading import check_file, read_json
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OLDER = ".older.partial"  # what a folder is called while another takes its name
 MARK = ".upop-run"  # says that a run of upop made the folder
 FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
 FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints")
@@ -106,21 +107,22 @@ class RunFolder:
                     self.path.rmdir()
 
     def sweep(self) -> None:
-        """Take away what writes that were cut off have left."""
+        """Take away what writes that were cut off have left, and put back what they had put aside."""
         if self.main:
             sweep(self.path)
 
     def tidy(self) -> None:
         """Take away what only a run that is not complete needs."""
+        self.sweep()
         for name in ("last-good", "checkpoints"):
             self.remove(name)
-        self.sweep()
 
     def claim(self, config: str) -> None:
         """Empty the folder of any older run, and save the resolved configuration."""
         if self.main:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
+                sweep(self.path)
                 # Only what a run leaves, by name: whatever else lies here is not ours to delete.
                 for name in FILES:
                     (self.path / name).unlink(missing_ok=True)
@@ -138,19 +140,19 @@ class RunFolder:
         """Write a sub-folder whole or not at all; `fill` gets the folder to fill."""
         if self.main:
             with disk_errors(self.path / name):
-                temporary, older = self.path / f".{name}.partial", self.path / f".{name}.older.partial"
+                temporary, older = self.path / f".{name}.partial", self.path / f".{name}{OLDER}"
                 shutil.rmtree(temporary, ignore_errors=True)
                 try:
                     temporary.mkdir()
                     fill(temporary)
-                    # Aside first: a kill between the two renames must not lose both.
+                    # Aside first: what ends this between the two renames must not lose both.
                     if (self.path / name).exists():
                         shutil.rmtree(older, ignore_errors=True)
                         (self.path / name).rename(older)
                     temporary.rename(self.path / name)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
-                    shutil.rmtree(older, ignore_errors=True)
+                    _put_back(older)
 
     def add_line(self, name: str, values: dict[str, Any]) -> None:
         """Append a JSON line."""
@@ -208,9 +210,19 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Take away what writes, and removals, that were cut off have left in `folder`."""
+    """Take away what writes, and removals, that were cut off left in `folder`, and put back what they put aside."""
+    for path in folder.glob(f".*{OLDER}"):
+        _put_back(path)
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _put_back(older: Path) -> None:
+    """Give the folder that was put aside its name again where there is none of that name; else it is not needed."""
+    place = older.with_name(older.name.removeprefix(".").removesuffix(OLDER))
+    if older.exists() and not place.exists():
+        older.rename(place)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def take_away(path: Path) -> None:
@@ -227,7 +239,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system says
-        what = getattr(error, "strerror", None) or " ".join(str(error).split())
+        what = getattr(error, "strerror", None) or one_line(error)
         raise UpopError(f"{path}: cannot be written ({what}); free space or choose another out") from error
 
 

@@ -279,6 +279,19 @@ def make_accelerator(config: PruneConfig) -> Accelerator:
         raise UpopError(f"Accelerate cannot be set up ({error})") from error
 
 
+def make_augment(c: PruneConfig) -> Augment:
+    """What happens to training images."""
+    return Augment(
+        flip=c.flip,
+        crop=c.crop,
+        mixup=c.mixup,
+        cutmix=c.cutmix,
+        erasing=c.erasing,
+        color=c.color,
+        randaugment=c.randaugment,
+    )
+
+
 def make_batches(
     split: Split,
     config: PruneConfig,

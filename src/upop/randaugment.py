@@ -1,8 +1,9 @@
 """RandAugment (Cubuk et al., 2020) of whole batches: some operations for each image, each drawn as by TrivialAugment.
 
 TrivialAugment (Müller and Hutter, 2021) draws an operation and its strength uniformly, so that nothing is to be tuned;
-operations and ranges are those of its space "RA", and an operation does what Pillow's does. Shapes: n images with the
-same operation, float [n, 3, h, w] in [0, 1]; strengths [n, 1, 1, 1] in [0, 1), signs [n, 1, 1, 1] of -1 or 1.
+operations and ranges are those of its space "RA". Colours change as Pillow changes them; what moves an image does so
+about its middle, bilinearly, and its mean colour fills in. Shapes: n images with the same operation, float32
+[n, 3, h, w] in [0, 1]; strengths [n, 1, 1, 1] in [0, 1), signs [n, 1, 1, 1] of -1 or 1.
 """
 
 import math
@@ -29,13 +30,16 @@ def randaugment(images: Tensor, *, operations: int, generator: Generator, share:
     """Change each image [B, 3, h, w] by so many operations, each drawn for it; one in 14 does nothing."""
     drawn = at_hand(uniform((3, operations, batch_of(images, share)), generator), images, share, dim=2)
     which = (drawn[0] * (len(OPERATIONS) + 1)).long()
-    strengths = send(drawn[1], images).to(images.dtype)[..., None, None, None]
-    signs = send(torch.where(drawn[2] < 0.5, -1.0, 1.0), images).to(images.dtype)[..., None, None, None]
+    strengths = send(drawn[1], images)[..., None, None, None]
+    signs = send(torch.where(drawn[2] < 0.5, -1.0, 1.0), images)[..., None, None, None]
+    # Sorted and counted where the draws are: with a CPU generator no device is asked how many images go where.
+    order = send(which.argsort(dim=1), images)
+    counts = [turn.bincount(minlength=len(OPERATIONS) + 1).tolist() for turn in which]
     for turn in range(operations):
         result = images.clone()
-        for number, operation in enumerate(OPERATIONS):
-            # Looked up where the draws are: no device is asked how many there are.
-            chosen = send((which[turn] == number).nonzero().flatten(), images)
+        for operation, chosen in zip(
+            OPERATIONS, torch.split(order[turn], counts[turn]), strict=False
+        ):  # the last: nothing
             if len(chosen):
                 result[chosen] = operation(images[chosen], strengths[turn, chosen], signs[turn, chosen])
         images = result
@@ -49,10 +53,10 @@ def grey(images: Tensor) -> Tensor:
 
 
 def _moved(images: Tensor, rows: list[list[Tensor | float]]) -> Tensor:
-    """Read at the places that a matrix [2, 3] gives, in units of half the height; outside is the mean colour."""
+    """Read at the places that a matrix [2, 3] gives, the last column in halves of a side; outside is the mean."""
     count, _, height, width = images.shape
     aspect = height / width
-    halves = ((1, aspect, aspect), (1 / aspect, 1, 1))  # torch measures each axis in halves of its own length
+    halves = ((1, aspect, 1), (1 / aspect, 1, 1))  # torch measures each axis in halves of its own length
     one = images.new_ones(count)
     matrix = torch.stack(
         [
@@ -75,8 +79,7 @@ def shear_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def shift_x(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    aspect = images.shape[3] / images.shape[2]
-    return _moved(images, [[1, 0, 2 * SHIFT * aspect * (sign * strength).flatten()], [0, 1, 0]])
+    return _moved(images, [[1, 0, 2 * SHIFT * (sign * strength).flatten()], [0, 1, 0]])
 
 
 def shift_y(images: Tensor, strength: Tensor, sign: Tensor) -> Tensor:

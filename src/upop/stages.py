@@ -21,7 +21,7 @@ from upop import plots, processes
 from upop.card import CARD, find_parent, model_card
 from upop.config import STAGES
 from upop.cutting import compensated, decided, one_shot
-from upop.data import Augment, Batches
+from upop.data import Batches
 from upop.errors import StopError, TrainingError, UpopError
 from upop.evaluation import evaluate
 from upop.folder import provenance, spare, weights_hash
@@ -36,7 +36,7 @@ from upop.measure import (
     sizes,
 )
 from upop.penalty import equal_sparsity
-from upop.plan import make_batches, set_attention
+from upop.plan import make_augment, make_batches, set_attention
 from upop.profiling import count_params
 from upop.reading import taking_over
 from upop.recipe import FitOptions
@@ -356,5 +356,5 @@ class Stages:
             plan.loaded,
             self.run.accelerator,
             classes=len(plan.data.classes),
-            augment=Augment(c.flip, c.crop, c.mixup, c.cutmix, c.erasing, c.color, c.randaugment),
+            augment=make_augment(c),
         )

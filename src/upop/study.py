@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from filelock import FileLock, Timeout
 
-from upop.config import command_line, given_values
+from upop.config import command_line, given_values, is_given
 from upop.errors import UpopError
 from upop.executors import Executor, Job, Outcome
 from upop.folder import weights_hash, write_whole
@@ -77,11 +77,11 @@ class Standing:
         wanted = {
             "schema": SCHEMA,
             "status": "complete",
-            "given": json.loads(json.dumps(given_values(run.config))),
             "start": weights_hash(Path(run.config.model)),
         }
         wanted |= {} if self.any_code else {"code": code_version()}
         different = [key for key, value in wanted.items() if result.get(key) != value]
+        different += [] if is_given(result.get("given"), run.config) else ["configuration"]
         data = result.get("data")
         if self.data is not None and not (isinstance(data, dict) and data.get("fingerprint") == self.data):
             different.append("data")
@@ -96,8 +96,7 @@ class Standing:
             found = read_json(self.failure_file(run))
         except (OSError, ValueError):
             return None
-        same = found.get("given") == json.loads(json.dumps(given_values(run.config)))
-        return str(found.get("error")) if same else None
+        return str(found.get("error")) if is_given(found.get("given"), run.config) else None
 
     def folder(self, run: StudyRun) -> Path:
         return self.out / run.label

@@ -135,7 +135,9 @@ def fit(
 ) -> Fitted:
     """Train `model` in place and leave it in eval mode; with `start`, a state that `keep` was given, go on from there.
 
-    A state has optimizers, counters and random states. Weights and the hook's own state are the caller's to keep.
+    A state has optimizers, counters, random states and the running average. Weights and the hook's own state are the
+    caller's to keep: `keep` sees the weights as they are trained, `epoch_end` their average where `options.ema` asks
+    for one, which the model then ends with.
 
     A step whose loss or gradients are not finite is left out, in all processes. Where memory runs out, the step is
     done again in micro-batches of half the size; the batch of an optimizer step stays.

@@ -8,6 +8,7 @@ from PIL import Image
 
 import upop
 from upop.config import make_config
+from upop.folder import weights_hash
 from upop.plan import make_plan
 from upop.run import prune
 
@@ -175,6 +176,21 @@ def test_distillation_accumulation_and_every_augmentation_run(tmp_path):
     config = {**QUICK, **options, "epochs_dense": 1, "epochs_search": 1, "epochs_retrain": 1}
     result = prune(make_config({**config, "out": str(tmp_path / "all")}))
     assert result["accuracy"]["search"] == {"validation": result["accuracy"]["slim"]["validation"]}
+
+
+def test_augmentation_and_averaged_weights_reach_the_stages_that_they_are_for(run, tmp_path):
+    start = {"model": str(run[0] / "dense"), "stages": "search,retrain", "latency_seconds": 0.01}
+    options = {"plain": {}, "mean": {"ema": 0.9}, "changed": {"randaugment": 1}}
+    found = {
+        n: prune(make_config({**QUICK, **start, **more, "out": str(tmp_path / n)})) for n, more in options.items()
+    }
+    weights = {n: {part: weights_hash(tmp_path / n / part) for part in ("slim", "model")} for n in options}
+    # A search goes by its own weights, and the average of a retraining is not where it ends.
+    assert weights["mean"]["slim"] == weights["plain"]["slim"] != weights["changed"]["slim"]
+    assert weights["mean"]["model"] != weights["plain"]["model"]
+    log = (tmp_path / "mean/metrics.jsonl").read_text().splitlines()
+    last = [line for line in map(json.loads, log) if "validation_accuracy" in line][-1]
+    assert abs(last["validation_accuracy"] - found["mean"]["accuracy"]["retrain"]["validation"]) < 0.02
 
 
 # ---------------------------------------------------------------- targets, units and one-shot

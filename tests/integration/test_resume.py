@@ -31,6 +31,8 @@ OPTIONS = {
     "flip": False,
     "threads": 1,
     "latency_seconds": 0.02,
+    "ema": 0.9,
+    "randaugment": 1,
     "checkpoint_minutes": 1e-9,  # before every step
 }
 NUMBERS = ("weights", "accuracy", "loss", "widths", "gap", "ratio", "trajectory", "checks", "params", "macs")

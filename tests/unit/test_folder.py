@@ -1,5 +1,7 @@
 """A run's folder is written whole or not at all, and never over what is not a run."""
 
+from pathlib import Path
+
 import pytest
 
 from upop.errors import UpopError
@@ -28,6 +30,40 @@ def test_an_older_sub_folder_stays_when_the_new_one_cannot_be_written(tmp_path):
     with pytest.raises(UpopError):
         folder.write_folder("model", fill)
     assert (tmp_path / "model/weights").read_text() == "good"
+
+
+def test_what_ends_a_write_between_its_two_renames_loses_neither(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    write = lambda text: folder.write_folder("model", lambda path: (path / "weights").write_text(text) and None)  # noqa: E731
+    write("good")
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name == ".model.partial":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(UpopError, match="Input/output error"):
+            write("better")
+    assert (tmp_path / "model/weights").read_text() == "good"
+    # And a kill there, which nothing of ours survives:
+    (tmp_path / "model").rename(tmp_path / ".model.older.partial")
+    (tmp_path / ".model.partial").mkdir()
+    folder.sweep()
+    assert (tmp_path / "model/weights").read_text() == "good"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_new_run_takes_nothing_over_that_an_older_one_had_put_aside(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim("a = 1\n")
+    (tmp_path / "run/.last-good.older.partial").mkdir()
+    folder.check(overwrite=True)
+    folder.claim("a = 2\n")
+    folder.tidy()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {MARK, "config.toml"}
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 from torch import Generator, Tensor
 
@@ -30,21 +30,18 @@ def pillow(image: Tensor) -> Image.Image:
     return Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
-def sharper(image: Image.Image, factor: float) -> Image.Image:
-    return Image.blend(image.filter(ImageFilter.SMOOTH), image, factor)
-
-
 # What Pillow does with an image at strength s and sign g.
 PILLOW: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "brightness": lambda image, s, g: ImageEnhance.Brightness(image).enhance(1 + 0.9 * g * s),
     "contrast": lambda image, s, g: ImageEnhance.Contrast(image).enhance(1 + 0.9 * g * s),
     "saturation": lambda image, s, g: ImageEnhance.Color(image).enhance(1 + 0.9 * g * s),
-    "sharpness": lambda image, s, g: sharper(image, 1 + 0.9 * g * s),
+    "sharpness": lambda image, s, g: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * g * s),
     "posterize": lambda image, s, g: ImageOps.posterize(image, 8 - round(4 * s)),
     "solarize": lambda image, s, g: ImageOps.solarize(image, math.ceil(255 * (1 - s))),
     "autocontrast": lambda image, s, g: ImageOps.autocontrast(image),
     "equalize": lambda image, s, g: ImageOps.equalize(image),
 }
+EXACT = ("posterize", "solarize", "equalize")
 # The matrix (rows: y, x) that says where SciPy reads, and by how many pixels of an image 24 high and 32 wide it moves.
 SCIPY: dict[str, Callable[[float], tuple[list[list[float]], list[float]]]] = {
     "shear_x": lambda a: ([[1, 0], [0.3 * a, 1]], [0, 0]),
@@ -77,7 +74,8 @@ def test_colours_change_as_pillow_changes_them(name: str) -> None:
     result = getattr(module, name)(images, strength, sign)
     for image, found, s, g in zip(images, result, strength.flatten(), sign.flatten(), strict=True):
         expected = torch.from_numpy(np.array(PILLOW[name](pillow(image), float(s), float(g)))).permute(2, 0, 1) / 255
-        assert (found - expected).abs().max() <= 1.6 / 255, name  # Pillow rounds, some of it twice
+        # Pillow rounds what it enhances and stretches, some of it twice.
+        assert (found - expected).abs().max() <= (1e-6 if name in EXACT else 1.6 / 255), name
     assert (result[4:] != images[4:]).flatten(1).any(dim=1).all()  # weak ones may leave all as it is
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from upop.errors import UpopError
+from upop.errors import UpopError, one_line
 from upop.executors.jobs import (
     Job,
     Outcome,
@@ -86,7 +86,7 @@ def connection(address: str | None, *, cores: int) -> Iterator[Any]:
         ray.init(address="local" if here else address, log_to_driver=False, logging_level=logging.CRITICAL, **size)
     # Of all kinds, plain Exception among them.
     except Exception as error:
-        raise UpopError(f"ray at {address or 'local'}: {' '.join(str(error).split())}") from error
+        raise UpopError(f"ray at {address or 'local'}: {one_line(error)}") from error
     try:
         yield ray
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upop.errors import UpopError, nearest
+from upop.errors import UpopError, nearest, one_line
 from upop.executors.jobs import (
     MORE_TIMES,
     Job,
@@ -78,7 +78,7 @@ class SlurmExecutor:
         try:
             return executor.submit(ask_guard(), guard_command(), guard_request(job))
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            raise UpopError(f"slurm refuses {job.label}: {' '.join(str(error).split())}") from error
+            raise UpopError(f"slurm refuses {job.label}: {one_line(error)}") from error
 
 
 @dataclass
