@@ -25,9 +25,10 @@ SHOWN = {
     "epochs_search",
     "epochs_retrain",
     "optimizer",
+    "lr",
     "lr_search",
     "lr_retrain",
-    "method",
+    "lr_mask",
     "compensate",
     "normalise",
 }

@@ -290,6 +290,7 @@ def _rates_table(results: Results) -> str:
     rows = []
     for setting, choice in results.choices.items():
         tried = ", ".join(f"{rate}: {100 * accuracy:.2f}" for rate, accuracy in choice["validation"].items())
+        tried = tried or "it was the only one"
         rows.append([setting, f"{choice['rate']:g}", tried])
     return _table(["setting", "chosen", "validation after retraining, % (80 %, a seed of its own)"], rows)
 

@@ -334,6 +334,8 @@ class _Watch:
 
 def _choose(job: Job, options: Options, config: PruneConfig) -> dict[str, Any]:
     """Prune once, retrain with each rate; the rate with the best validation accuracy. Test is not read."""
+    if len(options.rates) == 1:
+        return {"rate": options.rates[0], "validation": {}}
     small, bench = _searched(config) if job.setting in (UPOP, UPOP_ONCE) else _pruned(job, config)
     epochs = options.epochs * (1 - options.search_share if job.setting == UPOP else 1)
     found = {}
