@@ -2,128 +2,61 @@
 
 Ours and theirs start from one dense model and are read from the results that are checked in.
 
-python benchmarks/overview.py           prints it; a test holds README against it
+    python benchmarks/overview.py            prints it; a test holds README against it
 """
 
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from upop.report.page import load_results
 from upop.report.references import PAPER, PUBLISHED, REPORT
 
 RESULTS = Path(__file__).parents[1] / "results"
 RATIOS = (0.5, 0.8, 0.9)
-STUDIES = ("recipe",)
-PEERS = ("peers-6epochs", "peers")
+STUDIES = ("recipe-long", "recipe")
+PEERS = ("peers-20epochs-muon", "peers-6epochs-muon", "peers-6epochs", "peers")
 SCRATCH = "from-scratch"
-# What a row says; rates go with the optimizer.
-SHOWN = {
-    "epochs_search",
-    "epochs_retrain",
-    "optimizer",
-    "lr",
-    "lr_search",
-    "lr_retrain",
-    "lr_mask",
-    "compensate",
-    "normalise",
-}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+# What a row says of a run of a study, rates going with the optimizer: runs that differ in more need rows of their own.
+SAID = {"epochs_search", "epochs_retrain", "optimizer", "lr", "lr_search", "lr_retrain", "lr_mask"}
+SAID |= {"compensate", "normalise"}  # these go with the search
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line: what it is, and its test accuracies in per cent by share of parameters removed."""
+class Kind(NamedTuple):
+    """What a row is about."""
 
     what: str
-    epochs: str
+    search: float  # epochs
+    retrain: float
     optimizer: str
-    found: dict[float, list[float]]
-    source: str
 
 
-def rows() -> Iterator[Row]:
-    """All rows, source by source."""
-    for found in (*map(_study, STUDIES), *map(_peers, PEERS), _scratch()):
-        # What removes nothing first, then by what is left of the accuracy where most is removed.
-        yield from sorted(found, key=lambda row: (min(row.found) > 0, -statistics.fmean(row.found[max(row.found)])))
+@dataclass
+class Row:
+    """Test accuracies in per cent by share of parameters removed, and the folders of results they come from."""
 
-
-def _study(name: str) -> Iterator[Row]:
-    found: dict[tuple[str, str, str], dict[float, list[float]]] = {}
-    for run in load_results(RESULTS / name).runs:
-        c = run.config
-        search, retrain = c["epochs_search"], c["epochs_retrain"]
-        what = "upop, search" if search else "upop, one-shot"
-        epochs = f"{search:g} + {retrain:g}"
-        if run.method == "dense-continued":
-            what, epochs = "the dense model trained on", f"{search + retrain:g}"
-        ratio = 0.0 if run.method == "dense-continued" else float(run.target.partition("=")[2])
-        accuracy = run.accuracy("last")
-        assert accuracy is not None
-        assert not run.variant or set(dict(run.variant)) <= SHOWN, f"{run.label}: a row of its own is needed"
-        found.setdefault((what, epochs, OPTIMIZERS[c["optimizer"]]), {}).setdefault(ratio, []).append(accuracy)
-    for (what, epochs, optimizer), values in found.items():
-        yield Row(what, epochs, optimizer, values, name)
-
-
-def _peers(name: str) -> Iterator[Row]:
-    found: dict[tuple[str, str, str], dict[float, list[float]]] = {}
-    for path in sorted((RESULTS / name).glob("*_s[0-9].json")):
-        data = json.loads(path.read_text())
-        spec = data["spec"]
-        if data["status"] != "complete":  # a target that was not met
-            continue
-        what = spec["setting"].replace("upop-one-shot", "upop, one-shot")
-        what = "upop, search" if what == "upop" else what
-        what = what if what.startswith("upop") or spec["how"] is None else f"Torch-Pruning, {what}"
-        accuracy = 100 * data["accuracy"]["retrained"]["test"]
-        key = (what, _share(what, spec), OPTIMIZERS[spec["optimizer"]])
-        found.setdefault(key, {}).setdefault(spec["ratio"], []).append(accuracy)
-    for (what, epochs, optimizer), values in found.items():
-        yield Row(what, epochs, optimizer, {ratio: values[ratio] for ratio in RATIOS if ratio in values}, name)
-
-
-def _share(what: str, spec: dict[str, Any]) -> str:
-    """Epochs of search and of retraining."""
-    search = spec["epochs"] * spec.get("search_share", 0.5) if what == "upop, search" else 0
-    return f"{search:g} + {spec['epochs'] - search:g}"
-
-
-def _scratch() -> Iterator[Row]:
-    paths = sorted((RESULTS / SCRATCH).glob("*.json"))
-    assert paths, f"no results in {SCRATCH}"
-    for path in paths:
-        data = json.loads(path.read_text())
-        dense = json.loads((RESULTS / "claims/dense.json").read_text())["params"]["after"]
-        ratio = min(RATIOS, key=lambda ratio: abs(ratio - 1 + data["params"]["after"] / dense))
-        epochs = f"{data['config']['epochs_dense']:g} from scratch"
-        accuracy = 100 * data["accuracy"]["dense"]["test"]
-        yield Row(
-            "a dense model of that size", epochs, OPTIMIZERS[data["config"]["optimizer"]], {ratio: [accuracy]}, SCRATCH
-        )
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread} ({len(values)})"
+    found: dict[float, list[float]] = field(default_factory=dict)
+    sources: dict[str, None] = field(default_factory=dict)
 
 
 def table() -> str:
     """Markdown."""
+    rows: dict[Kind, Row] = {}
+    for kind, ratio, accuracy, source in (*_of_studies(), *_of_peers()):
+        if ratio in RATIOS:
+            row = rows.setdefault(kind, Row())
+            row.found.setdefault(ratio, []).append(accuracy)
+            row.sources[source] = None
     lines = ["| | epochs | | 50 % removed | 80 % | 90 % | runs |", "|---" * 7 + "|"]
-    for row in rows():
-        cells = [_cell(row.found.get(ratio, [])) for ratio in RATIOS]
-        if 0.0 in row.found:
-            cells = [f"{_cell(row.found[0.0])}, nothing removed", "", ""]
-        link = f"[{row.source}](results/{row.source})"
-        lines.append(f"| {row.what} | {row.epochs} | {row.optimizer} | {' | '.join(cells)} | {link} |")
+    for kind in sorted(rows, key=lambda kind: (-kind.search - kind.retrain, -_hardest(rows[kind]))):
+        epochs = f"{kind.search:g} + {kind.retrain:g}"
+        lines.append(_line(kind.what, epochs, kind.optimizer, rows[kind].found, *rows[kind].sources))
+    for epochs, optimizer, ratio, accuracy in _from_scratch():
+        lines.append(_line("a dense model of that size", epochs, optimizer, {ratio: [accuracy]}, SCRATCH))
     paper = {e.ratio: e.value for e in PUBLISHED if e.source == PAPER and e.method in ("dense", "upop")}
     lines.append(
         f"| the paper: DeiT-Small on ImageNet, {paper[0.0]} dense | 60 + 300 | AdamW | {paper[0.5]} | | "
@@ -133,6 +66,60 @@ def table() -> str:
     published = " | ".join(f"{drops[ratio]:+.0f} points".replace("-", "−") for ratio in RATIOS)
     lines.append(f"| the earlier report, against its own baseline | | | {published} | one run each, nothing cut out |")
     return "\n".join(lines)
+
+
+def _of_studies() -> Iterator[tuple[Kind, float, float, str]]:
+    for name in STUDIES:
+        for run in load_results(RESULTS / name).runs:
+            assert {key for key, _ in run.variant} <= SAID, f"{name}, {run.label}: needs a row of its own"
+            c = run.config
+            what = "upop, search" if c["epochs_search"] else "upop, one-shot"
+            kind = Kind(what, c["epochs_search"], c["epochs_retrain"], OPTIMIZERS[c["optimizer"]])
+            accuracy = run.accuracy("last")
+            assert accuracy is not None
+            yield kind, float(run.target.partition("=")[2]), accuracy, name
+
+
+def _of_peers() -> Iterator[tuple[Kind, float, float, str]]:
+    for name in PEERS:
+        for path in sorted((RESULTS / name).glob("*_s[0-9].json")):
+            data = json.loads(path.read_text())
+            spec = data["spec"]
+            if data["status"] != "complete":  # a target that was not met
+                continue
+            ours = {"upop": "upop, search", "upop-one-shot": "upop, one-shot"}
+            what = ours.get(spec["setting"], f"Torch-Pruning, {spec['setting']}")
+            search = spec["epochs"] * spec.get("search_share", 0.5) if spec["setting"] == "upop" else 0
+            kind = Kind(what, search, spec["epochs"] - search, OPTIMIZERS[spec["optimizer"]])
+            yield kind, spec["ratio"], 100 * data["accuracy"]["retrained"]["test"], name
+
+
+def _from_scratch() -> Iterator[tuple[str, str, float, float]]:
+    """Epochs, optimizer, the ratio whose pruned model has about as many parameters, accuracy."""
+    dense = json.loads((RESULTS / "claims/dense.json").read_text())["params"]["after"]
+    paths = sorted((RESULTS / SCRATCH).glob("*.json"))
+    assert paths, f"no results in {SCRATCH}"
+    for data in (json.loads(path.read_text()) for path in paths):
+        ratio = min(RATIOS, key=lambda ratio: abs(ratio - 1 + data["params"]["after"] / dense))
+        epochs = f"{data['config']['epochs_dense']:g} from scratch"
+        yield epochs, OPTIMIZERS[data["config"]["optimizer"]], ratio, 100 * data["accuracy"]["dense"]["test"]
+
+
+def _hardest(row: Row) -> float:
+    return statistics.fmean(row.found[max(row.found)])
+
+
+def _line(what: str, epochs: str, optimizer: str, found: dict[float, list[float]], *sources: str) -> str:
+    cells = " | ".join(_cell(found.get(ratio, [])) for ratio in RATIOS)
+    links = ", ".join(f"[{source}](results/{source})" for source in sources)
+    return f"| {what} | {epochs} | {optimizer} | {cells} | {links} |"
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread} ({len(values)})"
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ PAGES = {
     "../results/claims/report.md": "report.md",
     "../results/peers/report.md": "peers.md",
     "../results/recipe/report.md": "recipe-runs.md",
+    "../results/recipe-long/report.md": "recipe-long-runs.md",
     "../benchmarks/peers/README.md": "peers-how.md",
 }
 
