@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from upop.augment import Augment
-from upop.draws import Share
 from upop.data.splits import MemorySplit, Split, StreamSplit
+from upop.draws import Share
 from upop.errors import DataError
 
 

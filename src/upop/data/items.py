@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from upop.errors import DataError, UpopError, one_line, said
+from upop.errors import DataError, UpopError, said
 from upop.reading import read_bytes
 
 Ints: TypeAlias = npt.NDArray[np.int64]
