@@ -17,6 +17,7 @@ from upop.report.references import PAPER, PUBLISHED, REPORT
 
 RESULTS = Path(__file__).parents[1] / "results"
 RATIOS = (0.5, 0.8, 0.9)
+NOTHING = 0.0  # removed
 STUDIES = ("recipe-long", "recipe")
 PEERS = ("peers-20epochs-muon", "peers-6epochs-muon", "peers-6epochs", "peers")
 SCRATCH = "from-scratch"
@@ -24,6 +25,14 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 # What a row says of a run of a study, rates going with the optimizer: runs that differ in more need rows of their own.
 SAID = {"epochs_search", "epochs_retrain", "optimizer", "lr", "lr_search", "lr_retrain", "lr_mask"}
 SAID |= {"compensate", "normalise"}  # these go with the search
+METHODS = {
+    "upop": "upop, search",
+    "unified": "trained masks, one ranking (upop's `unified`)",
+    "mask": "trained masks, a ratio per kind (`mask`)",
+    "magnitude": "smallest weights (`magnitude`)",
+    "taylor": "smallest effect on the loss (`taylor`)",
+    "dense-continued": "the dense model, trained on",
+}
 
 
 class Kind(NamedTuple):
@@ -47,7 +56,7 @@ def table() -> str:
     """Markdown."""
     rows: dict[Kind, Row] = {}
     for kind, ratio, accuracy, source in (*_of_studies(), *_of_peers()):
-        if ratio in RATIOS:
+        if ratio in (*RATIOS, NOTHING):
             row = rows.setdefault(kind, Row())
             row.found.setdefault(ratio, []).append(accuracy)
             row.sources[source] = None
@@ -73,11 +82,11 @@ def _of_studies() -> Iterator[tuple[Kind, float, float, str]]:
         for run in load_results(RESULTS / name).runs:
             assert {key for key, _ in run.variant} <= SAID, f"{name}, {run.label}: needs a row of its own"
             c = run.config
-            what = "upop, search" if c["epochs_search"] else "upop, one-shot"
+            what = METHODS[run.method] if c["epochs_search"] else "upop, one-shot"
             kind = Kind(what, c["epochs_search"], c["epochs_retrain"], OPTIMIZERS[c["optimizer"]])
             accuracy = run.accuracy("last")
             assert accuracy is not None
-            yield kind, float(run.target.partition("=")[2]), accuracy, name
+            yield kind, float(run.target.partition("=")[2]) if run.target else NOTHING, accuracy, name
 
 
 def _of_peers() -> Iterator[tuple[Kind, float, float, str]]:
@@ -111,6 +120,8 @@ def _hardest(row: Row) -> float:
 
 def _line(what: str, epochs: str, optimizer: str, found: dict[float, list[float]], *sources: str) -> str:
     cells = " | ".join(_cell(found.get(ratio, [])) for ratio in RATIOS)
+    if NOTHING in found:
+        cells = f"nothing removed: {_cell(found[NOTHING])} | |"
     links = ", ".join(f"[{source}](results/{source})" for source in sources)
     return f"| {what} | {epochs} | {optimizer} | {cells} | {links} |"
 

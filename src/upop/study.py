@@ -55,6 +55,15 @@ class Summary:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run as a call would find it: `why` its result does not count, or what it failed with."""
+
+    label: str
+    state: State
+    why: str | None = None
+
+
 @dataclass
 class Standing:
     """What is on disk of a study's runs."""
@@ -98,12 +107,31 @@ class Standing:
             return None
         return str(found.get("error")) if is_given(found.get("given"), run.config) else None
 
+    def look(self, run: StudyRun) -> Planned:
+        if self.result(run) is not None:
+            return Planned(run.label, "done")
+        if (error := self.failure(run)) is not None:
+            return Planned(run.label, "failed", error)
+        return Planned(run.label, "missing", self.reasons.get(run.label))
+
     def folder(self, run: StudyRun) -> Path:
         return self.out / run.label
 
     def failure_file(self, run: StudyRun) -> Path:
         """Beside the run's folder: failed runs are kept apart from results."""
         return self.out / "failed" / f"{run.label}.json"
+
+
+def look(study: Study, out: Path, *, any_code: bool = False) -> tuple[Planned, ...]:
+    """How every run of `study` stands in the folder `out`, the dense model's first; changes nothing.
+
+    Reads the data where there are results, since those count only for the same images.
+    """
+    everything = ((study.dense,) if study.dense else ()) + study.runs
+    if not any((out / run.label).is_dir() for run in everything) and not (out / "failed").is_dir():
+        return tuple(Planned(run.label, "missing") for run in everything)
+    standing = Standing(study, out, _data_fingerprint(study), any_code)
+    return tuple(standing.look(run) for run in everything)
 
 
 def run_study(
@@ -170,9 +198,9 @@ def write_manifest(standing: Standing) -> None:
     study = standing.study
     runs = {}
     for run in study.runs:
-        error = standing.failure(run)
-        state: State = "failed" if error else "done" if standing.result(run) is not None else "missing"
-        runs[run.label] = {"differences": dict(run.differences), "state": state, "error": error}
+        found = standing.look(run)
+        error = found.why if found.state == "failed" else None
+        runs[run.label] = {"differences": dict(run.differences), "state": found.state, "error": error}
     manifest = {
         "schema": MANIFEST_SCHEMA,
         "name": study.name,

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from upop.errors import UpopError
 from upop.executors import make_executor
-from upop.study import run_study
+from upop.study import look, run_study
 from upop.studyfile import load_study
 
 TEXT = """
@@ -106,6 +106,36 @@ def test_only_what_no_longer_counts_is_done_again_to_the_same_numbers(out, damag
     summary, _ = go(out)
     assert summary.ran == ("mask_params0.5_s0",)
     assert numbers(out) == before
+
+
+def test_a_look_says_what_a_call_would_do_and_why(out):
+    text = TEXT.replace('["upop", "mask"]', '["upop", "mask", "magnitude"]') + "[[grid]]\nlr_search = 1e30\n"
+    broken = "upop_params0.5_lr-search-1e+30_s0"
+    go(out, text)
+    shutil.rmtree(out / "magnitude_params0.5_s0")
+    file = out / "mask_params0.5_s0/result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "x"}))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    study = load_study(out.parent / "mine.toml", out)
+    found = {run.label: (run.state, run.why) for run in look(study, out)}
+    assert found.pop(broken)[0] == "failed"
+    assert found == {
+        "dense": ("done", None),
+        "upop_params0.5_s0": ("done", None),
+        "mask_params0.5_s0": ("missing", "made with another code"),
+        "magnitude_params0.5_s0": ("missing", None),
+    }
+    assert {run.label for run in look(study, out, any_code=True) if run.state == "missing"} == {
+        "magnitude_params0.5_s0"
+    }
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert set(go(out, text)[0].ran) == {"mask_params0.5_s0", "magnitude_params0.5_s0"}
+
+
+def test_a_look_before_anything_ran_needs_no_data(tmp_path):
+    (tmp_path / "mine.toml").write_text(TEXT.replace('data = "digits"', 'data = "nowhere"'))
+    found = look(load_study(tmp_path / "mine.toml", tmp_path / "out"), tmp_path / "out")
+    assert [run.state for run in found] == ["missing"] * 3
 
 
 def test_results_of_other_code_count_when_asked_to(out):

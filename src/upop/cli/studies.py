@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -12,6 +12,11 @@ from rich.text import Text
 from upop.cli.show import clock, out, quiet_libraries, table
 from upop.errors import UpopError
 from upop.folder import write_whole
+
+if TYPE_CHECKING:
+    from upop.studyfile import Study
+
+STATES = {"missing": "to do", "done": "done", "failed": "failed"}
 
 
 def study(
@@ -29,7 +34,7 @@ def study(
     any_code: Annotated[
         bool, typer.Option("--any-code", help="results made by another version of the code count too")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs, which are done, and stop")] = False,
 ) -> None:
     """Do all runs of a study that are not done yet, then write its report.
 
@@ -42,9 +47,7 @@ def study(
     overrides = {key: value for key, value in (("data", data), ("threads", threads)) if value is not None}
     loaded = load_study(path, folder, overrides)
     if dry_run:
-        out.print(f"{path}: {len(loaded.runs)} runs" + (", after a dense model" if loaded.dense else ""), markup=False)
-        for run in loaded.runs:
-            out.print(f"  {run.label}", markup=False)
+        _list_runs(path, loaded, folder, any_code)
         return
     from upop.executors import make_executor
 
@@ -73,6 +76,19 @@ def study(
     _write_report(folder, folder)
     if summary.failed:
         raise UpopError(f"{len(summary.failed)} runs failed; see {folder / 'failed'}, then use --retry-failed")
+
+
+def _list_runs(path: Path, loaded: "Study", folder: Path, any_code: bool) -> None:
+    from upop.study import look
+
+    quiet_libraries()
+    runs = look(loaded, folder, any_code=any_code)
+    counts = ((len([run for run in runs if run.state == state]), word) for state, word in STATES.items())
+    said = ", ".join(f"{count} {word}" for count, word in counts if count)
+    out.print(f"{path}: {len(runs)} runs{', a dense model first' if loaded.dense else ''}: {said}", markup=False)
+    for run in runs:
+        why = f" ({run.why})" if run.why else ""
+        out.print(f"  {STATES[run.state]:<6}  {run.label}{why}", markup=False)
 
 
 def report(
