@@ -129,12 +129,25 @@ def _alone(args: argparse.Namespace, options: Options) -> str | None:
     try:
         with FileLock(lock, timeout=0):
             try:
+                if (problem := _others(args, options)) is not None:
+                    return problem
                 failed = _do_all(args, options)
             finally:
                 lock.unlink(missing_ok=True)  # the folder is checked in
     except Timeout:
         return f"{args.out}: another process works there; wait for it, or choose another --out"
     return f"{failed} failed; a second call tries them again" if failed else None
+
+
+def _others(args: argparse.Namespace, options: Options) -> str | None:
+    """Why runs with these options would not belong beside those in the folder, or would take their place; or None."""
+    wanted = asdict(options) | {"data": Path(options.data).name}
+    for path in sorted(args.out.glob("*_s[0-9]*.json")):
+        spec = _load(args.out, path.stem).get("spec", {})
+        for key in ("data", "epochs", "optimizer", "subset", "threads"):
+            if key in spec and spec[key] != wanted[key]:
+                return f"{path}: {key} {spec[key]} there, {wanted[key]} wanted; choose another --out"
+    return None
 
 
 def _do_all(args: argparse.Namespace, options: Options) -> int:

@@ -157,3 +157,15 @@ def test_a_result_counts_as_done_for_its_own_settings_and_code_alone(tmp_path):
     assert peers._done(job, argparse.Namespace(out=tmp_path, any_code=True), options) is not None
     (tmp_path / f"{job.label}.json").write_text("{")
     assert peers._done(job, args, options) is None
+
+
+def test_results_of_other_options_are_refused_not_overwritten(tmp_path):
+    six, twenty = (runs.Options(dense="no-folder", data="cifar10", epochs=epochs) for epochs in (6.0, 20.0))
+    job = runs.Job("taylor", 0.8, 0, 1e-3)
+    peers._write(tmp_path, job.label, {"spec": runs.spec(job, six), "code": "older"})
+    wanted = argparse.Namespace(out=tmp_path, settings=["taylor"], ratios=[0.8], seeds=[0])
+    assert peers._others(wanted, six) is None, "another code, or rate, is no other comparison"
+    message = peers._others(wanted, twenty)
+    assert message == f"{tmp_path}/{job.label}.json: epochs 6.0 there, 20.0 wanted; choose another --out"
+    wanted.seeds = [1]
+    assert peers._others(wanted, twenty) is not None, "one folder is one comparison, whichever runs are asked for"
