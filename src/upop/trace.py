@@ -103,7 +103,7 @@ class TraceRecorder:
     """Keeps at most `frames` of the masks that `record` is shown, evenly spaced over a search of `steps` steps.
 
     The first call and the last step are always kept. Call it after every step, or after every update: a call that is
-    not due costs a comparison, a frame one byte per unit.
+    not due costs a comparison, a frame four bytes per unit on the masks' device until it is asked for.
     """
 
     def __init__(self, structures: "Sequence[Structure]", steps: int, frames: int = 120) -> None:
@@ -115,6 +115,7 @@ class TraceRecorder:
         self._step: list[int] = []
         self._ratio: list[float] = []
         self._frames: list[NDArray[np.uint8]] = []
+        self._waiting: list[list[Tensor]] = []  # frames still where the masks are: fetching them waits for the device
 
     def record(self, step: int, ratio: float, masks: "Mapping[str, Tensor]") -> None:
         """Show the state after `step` steps: `ratio` in [0, 1], `masks` by structure name, each [units] in [0, 1].
@@ -128,26 +129,32 @@ class TraceRecorder:
             return
         while self._next < len(self._due) and self._due[self._next] <= step:
             self._next += 1
-        values = [masks[s.name].detach().float().cpu().numpy() for s in self.structures]
+        values = [masks[s.name].detach().float().clone() for s in self.structures]
         assert [v.shape for v in values] == [(s.units,) for s in self.structures], "one mask per unit"
         self._step.append(step)
         self._ratio.append(ratio)
-        self._frames.append(quantise(np.concatenate(values)))
+        self._waiting.append(values)
+
+    def _fetch(self) -> None:
+        self._frames += [quantise(np.concatenate([v.cpu().numpy() for v in values])) for values in self._waiting]
+        self._waiting = []
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded so far, for `load_state_dict` of another recorder of the same search."""
+        self._fetch()
         frames = np.stack(self._frames) if self._frames else np.zeros((0, 0), dtype=np.uint8)
         return {"step": list(self._step), "ratio": list(self._ratio), "next": self._next, "frames": frames}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self._step, self._ratio, self._next = list(state["step"]), list(state["ratio"]), state["next"]
-        self._frames = list(np.asarray(state["frames"]))
+        self._frames, self._waiting = list(np.asarray(state["frames"])), []
 
     def trace(self) -> Trace:
         """What was recorded so far. Raises UpopError where that is nothing."""
         if not self._step:
             raise UpopError("TraceRecorder: nothing was recorded; call record() after the steps of the search")
+        self._fetch()
         return Trace(
             np.array(self._step, dtype=np.int32),
             np.array(self._ratio, dtype=np.float32),
