@@ -112,7 +112,7 @@ class PruneConfig(BaseModel):
     interval: int = Field(1, ge=1, description="steps between two decisions of the search")
     normalise: str | None = Field(
         None,
-        description=f"scores within a kind: {', '.join(NORMALISE)} (zscore; one-shot, by effect on the loss: none)",
+        description=f"scores within a kind: {', '.join(NORMALISE)} (zscore; one-shot, nothing retrained: none)",
     )
     gradient_order: Literal["paper", "authors"] = Field("paper", description="normalise then sum, or sum first")
     binarise: Literal["topk", "threshold"] = Field(
@@ -260,6 +260,15 @@ class PruneConfig(BaseModel):
             return self.compensate
         return "least-squares" if self.one_shot else "none"
 
+    @property
+    def _effects_alone_count(self) -> bool:
+        """Whether units are best ranked by their first-order effects on the loss as they are.
+
+        Those are losses, the same unit in every kind, so they say best what a cut costs at once. But at high ratios
+        they starve one kind, which retraining cannot make good: z-scores end higher (docs/recipe.md).
+        """
+        return self.one_shot and ONE_SHOT.get(self.method) == "taylor" and not self.has("retrain")
+
     def has(self, stage: str) -> bool:
         """Whether the run includes `stage`."""
         return stage in self.stages.split(",")
@@ -289,10 +298,7 @@ class PruneConfig(BaseModel):
                 "lr_retrain": lr_retrain,
                 "shrink": self.shrink or METHODS[self.method].shrink,
                 "compensate": self.how_to_compensate,
-                # First-order effects are losses already, the same unit in every kind; norms and sums of gradients
-                # are not.
-                "normalise": self.normalise
-                or ("none" if self.one_shot and ONE_SHOT.get(self.method) == "taylor" else "zscore"),
+                "normalise": self.normalise or ("none" if self._effects_alone_count else "zscore"),
                 "device": device_type,
                 "precision": precision,
                 "attention": attention if self.attention == "auto" else self.attention,

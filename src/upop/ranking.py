@@ -53,7 +53,9 @@ def rank(pooled: Tensor) -> Tensor:
     """Ranks from 0 to 1, equal scores sharing the mean of theirs. All 1/2 where all scores are equal."""
     ordered = pooled.sort().values
     first, after = torch.searchsorted(ordered, pooled), torch.searchsorted(ordered, pooled, right=True)
-    return (first + after - 1) / 2 / (pooled.numel() - 1) if pooled.numel() > 1 else torch.full_like(pooled, 0.5)
+    if pooled.numel() == 1:
+        return torch.full_like(pooled, 0.5)
+    return (first + after - 1).to(pooled.dtype) / 2 / (pooled.numel() - 1)
 
 
 def unchanged(pooled: Tensor) -> Tensor:

@@ -40,6 +40,23 @@ def test_the_papers_setting_has_a_name_and_options_win_over_it():
         make_config(NEEDED | {"recipe": "papre"})
 
 
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({"epochs_search": 0}, "zscore"),
+        ({"epochs_search": 0, "stages": "search"}, "none"),
+        ({"epochs_search": 0, "stages": "dense,search"}, "none"),
+        ({"epochs_search": 0, "stages": "search", "method": "magnitude"}, "zscore"),
+        ({"stages": "search"}, "zscore"),
+        ({"epochs_search": 0, "normalise": "none"}, "none"),
+        ({"epochs_search": 0, "stages": "search", "normalise": "rank"}, "rank"),
+    ],
+)
+def test_effects_on_the_loss_are_ranked_as_they_are_only_where_nothing_is_retrained(options, how):
+    resolved = make_config(NEEDED | options).resolve(trained=True, device_type="cpu")
+    assert resolved.normalise == how
+
+
 def test_what_the_user_says_is_never_replaced():
     chosen = make_config({**NEEDED, "lr": 0.5, "lr_search": 0.25, "optimizer": "adamw", "epochs_dense": 7})
     resolved = chosen.resolve(trained=False, device_type="cpu")

@@ -68,6 +68,8 @@ def one_shot_keep(plan):
         {"target": "macs=0.6", "structures": "head,dims,mlp,block", "align": "mlp=8"},
         {"target": "params=0.5", "structures": "qk,v,mlp", "normalise": "zscore", "compensate": "mean"},
         {"target": "params=0.5", "method": "magnitude"},
+        {"target": "params=0.5", "normalise": "rank"},
+        {"target": "params=0.5", "normalise": "minmax"},
     ],
 )
 def test_the_target_is_met_and_the_model_stays_as_it_was(tmp_path, options):

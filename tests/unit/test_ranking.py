@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from upop.costs import unit_cost
 from upop.errors import UpopError
-from upop.ranking import check_alignment, normalise, removable, select
+from upop.ranking import NORMALISERS, check_alignment, normalise, removable, select
 from upop.structures import Structure, removable_cost, removed_cost
 
 
@@ -120,9 +120,10 @@ def test_zscores_of_equal_scores_are_zero(value):
     assert all(bool((z == 0).all()) for z in normalise(STRUCTURES, scores).values())
 
 
-def test_zscores_are_float64_whatever_comes_in():
+@pytest.mark.parametrize("how", NORMALISERS)
+def test_normalised_scores_are_float64_whatever_comes_in(how):
     scores = {name: value.bfloat16() for name, value in random_scores().items()}
-    assert {z.dtype for z in normalise(STRUCTURES, scores).values()} == {torch.float64}
+    assert {z.dtype for z in normalise(STRUCTURES, scores, how).values()} == {torch.float64}
 
 
 def test_scores_are_left_as_they_were():
