@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from upop.muon import Muon
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -80,7 +82,7 @@ def make_optimizers(model: nn.Module, options: FitOptions) -> list[torch.optim.O
     adamw = torch.optim.AdamW(groups, lr=lr, fused=True)
     if not matrices:
         return [adamw]
-    muon = torch.optim.Muon(matrices, lr=options.lr, weight_decay=options.weight_decay)
+    muon = Muon(matrices, lr=options.lr, weight_decay=options.weight_decay)
     return [muon, adamw]
 
 

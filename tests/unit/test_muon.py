@@ -1,0 +1,99 @@
+"""Muon in batches: torch's own Muon, matrix by matrix, is what it must come to."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from upop.muon import Muon, orthogonalised
+
+SHAPES = [(8, 8), (8, 24), (24, 8), (8, 8), (24, 8), (8, 8)]
+
+
+def matrices(seed=0):
+    source = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=source)) for shape in SHAPES]
+
+
+def give_gradients(parameters, seed):
+    source = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=source)
+
+
+def assert_close(ours, theirs):
+    # Newton-Schulz runs in bfloat16: 8 bits, of updates whose entries are below 1 and here multiplied by the rate.
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.3},
+        {"nesterov": False},
+        {"momentum": 0.5, "ns_steps": 3},
+        {"adjust_lr_fn": "match_rms_adamw"},
+    ],
+)
+def test_steps_are_those_of_torch(options):
+    ours, theirs = matrices(), matrices()
+    batched, single = Muon(ours, lr=0.02, **options), torch.optim.Muon(theirs, lr=0.02, **options)
+    for step in range(4):
+        for parameters, optimizer in ((ours, batched), (theirs, single)):
+            give_gradients(parameters, step)
+            optimizer.step()
+    assert_close(ours, theirs)
+    assert not torch.allclose(ours[0], matrices()[0], atol=1e-2)  # they moved
+
+
+def test_an_update_has_singular_values_near_one():
+    source = torch.Generator().manual_seed(0)
+    for shape in ((5, 12, 12), (5, 12, 30), (5, 30, 12)):
+        update = orthogonalised(
+            torch.randn(shape, generator=source), coefficients=(3.4445, -4.7750, 2.0315), steps=5, eps=1e-7
+        )
+        assert update.shape == shape
+        values = torch.linalg.svdvals(update.float())
+        assert values.max() < 1.3
+        assert values.median() > 0.6
+
+
+def test_state_goes_from_torch_to_ours_and_back():
+    theirs = matrices()
+    single = torch.optim.Muon(theirs, lr=0.02)
+    give_gradients(theirs, 0)
+    single.step()
+    ours = copy.deepcopy(theirs)
+    batched = Muon(ours, lr=0.02)
+    batched.load_state_dict(copy.deepcopy(single.state_dict()))
+    for parameters, optimizer in ((ours, batched), (theirs, single)):
+        give_gradients(parameters, 1)
+        optimizer.step()
+    assert_close(ours, theirs)
+    single.load_state_dict(batched.state_dict())
+
+
+def test_a_matrix_without_gradient_stays_as_it_is():
+    parameters = matrices()
+    give_gradients(parameters, 0)
+    parameters[3].grad = None
+    before = parameters[3].detach().clone()
+    Muon(parameters, lr=0.02, weight_decay=0.5).step()
+    assert torch.equal(parameters[3], before)
+
+
+def test_a_shape_costs_the_same_calls_however_many_matrices_have_it():
+    def calls(count):
+        parameters = [nn.Parameter(torch.randn(8, 24)) for _ in range(count)]
+        give_gradients(parameters, 0)
+        optimizer = Muon(parameters, lr=0.02)
+        optimizer.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        names = [event.name for event in profile.events()]
+        return sum(name in ("aten::bmm", "aten::baddbmm", "aten::mm", "aten::addmm") for name in names)
+
+    assert calls(2) == calls(6) > 0
