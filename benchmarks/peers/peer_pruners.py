@@ -209,7 +209,7 @@ def _blocks(model: nn.Module) -> Any:
 
 def _example(model: Any) -> Tensor:
     size = model.config.image_size
-    return torch.zeros(1, model.config.num_channels, size, size)
+    return torch.zeros(1, model.config.num_channels, size, size, device=model.device)
 
 
 def _copy_with_gradients(model: nn.Module) -> nn.Module:

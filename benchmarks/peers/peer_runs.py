@@ -64,6 +64,7 @@ class Options:
     subset: int | None = None
     threads: int = 1
     latency_seconds: float = 0.5
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def spec(job: Job, options: Options) -> dict[str, Any]:
     del shared["dense"]
     if job.setting != UPOP or options.search_share == Options.search_share:
         del shared["search_share"]  # nobody else searches; and half was all there was once
+    if options.device == Options.device:
+        del shared["device"]  # CPUs were all there was once
     shared |= {"data": Path(options.data).name, "start": weights_hash(Path(options.dense))}
     if job.rate is not None:
         del shared["rates"]  # what it was chosen from is no part of the run
@@ -118,7 +121,7 @@ def carry_out(job: Job, options: Options) -> dict[str, Any]:
             found = _choose(job, options, config)
         else:
             found = (_upop if job.setting in (UPOP, UPOP_ONCE) else _peer)(job, options, config)
-        about = provenance(torch.device("cpu"), _command(job, options))
+        about = provenance(torch.device(options.device), _command(job, options))
     about["versions"] |= _torch_pruning_version()
     seconds = {"wall_seconds": time.monotonic() - began}
     return {"spec": spec(job, options), "status": "complete", "code": code_version(), **about, **seconds, **found}
@@ -142,7 +145,7 @@ def _config(job: Job, options: Options, out: str) -> PruneConfig:
         threads=options.threads,
         latency_seconds=options.latency_seconds,
         checkpoint_minutes=0,
-        device="cpu",
+        device=options.device,
         **_recipe(options),
     )
 
@@ -154,7 +157,7 @@ class Bench:
         self.plan: Plan = make_plan(config)
         self.config = self.plan.config
         self.accelerator: Accelerator = make_accelerator(self.config)
-        self.dense: nn.Module = self.plan.loaded.model
+        self.dense: nn.Module = self.plan.loaded.model.to(self.accelerator.device)
         set_attention(self.dense, self.config.attention)
 
     def batches(self, split: str, *, augment: Augment | None = None, **changes: Any) -> Batches:
@@ -240,7 +243,7 @@ def _prune(bench: Bench, job: Job) -> tuple[nn.Module, dict[str, Any]]:
 def _random_model(bench: Bench) -> nn.Module:
     """A model with random weights and the target's number of parameters, every layer equally wide."""
     torch.manual_seed(bench.config.seed)
-    fresh = type(bench.dense)(bench.dense.config).eval()
+    fresh = type(bench.dense)(bench.dense.config).to(bench.accelerator.device).eval()
     set_attention(fresh, bench.config.attention)
     structures = bench.plan.analysis.structures
     low, high = 0.0, 1.0
@@ -354,7 +357,7 @@ def _searched(config: PruneConfig) -> tuple[nn.Module, Bench]:
     small = load_model(str(Path(config.out) / "model")).model
     bench = Bench(config)
     set_attention(small, bench.config.attention)
-    return small, bench
+    return small.to(bench.accelerator.device), bench
 
 
 def _pruned(job: Job, config: PruneConfig) -> tuple[nn.Module, Bench]:
@@ -428,6 +431,7 @@ def _command(job: Job, options: Options) -> str:
         else []
     )
     parts += [f"--subset {options.subset}"] if options.subset else []
+    parts += [f"--device {options.device}"] if options.device != default.device else []
     return " ".join(parts)
 
 

@@ -81,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=peer_runs.LR_SEARCH, default=Options("", "").optimizer)
     parser.add_argument("--rates", nargs="+", type=float, help="to choose from; each optimizer has its own")
     parser.add_argument("--subset", type=int, help="use only so many images of each split")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=Options("", "").device)
     parser.add_argument("--latency-seconds", type=float, default=0.5, help="per batch size")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run; results depend on it")
@@ -107,6 +108,7 @@ def _options(args: argparse.Namespace) -> Options:
         subset=args.subset,
         threads=args.threads,
         latency_seconds=args.latency_seconds,
+        device=args.device,
     )
 
 
@@ -143,8 +145,8 @@ def _others(args: argparse.Namespace, options: Options) -> str | None:
     """Why runs with these options would not belong beside those in the folder, or would take their place; or None."""
     wanted = asdict(options) | {"data": Path(options.data).name}
     for path in sorted(args.out.glob("*_s[0-9]*.json")):
-        spec = _load(args.out, path.stem).get("spec", {})
-        for key in ("data", "epochs", "optimizer", "subset", "threads"):
+        spec = {"device": Options.device} | _load(args.out, path.stem).get("spec", {})
+        for key in ("data", "epochs", "optimizer", "subset", "threads", "device"):
             if key in spec and spec[key] != wanted[key]:
                 return f"{path}: {key} {spec[key]} there, {wanted[key]} wanted; choose another --out"
     return None
@@ -201,7 +203,7 @@ def _do(job: Job, args: argparse.Namespace, options: Options) -> dict[str, Any]:
     command += ["--dense", options.dense, "--data", options.data, "--epochs", str(options.epochs)]
     command += ["--search-share", str(options.search_share), "--optimizer", options.optimizer]
     command += ["--rates", *map(str, options.rates), "--threads", str(options.threads)]
-    command += ["--latency-seconds", str(options.latency_seconds)]
+    command += ["--latency-seconds", str(options.latency_seconds), "--device", options.device]
     command += ["--subset", str(options.subset)] if options.subset else []
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

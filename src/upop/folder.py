@@ -297,9 +297,11 @@ def provenance(device: "torch.device", command: str | None = None) -> dict[str, 
     """Command, versions and hardware behind a result; `command` in place of the process's own."""
     import torch
 
+    import upop
+
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     commit = _git("rev-parse", "HEAD")
-    packages = ("upop", "torch", "transformers", "accelerate", "numpy")
+    packages = ("torch", "transformers", "accelerate", "numpy")
     return {
         "command": command or own_command(),
         # Of the source tree that upop runs from; none when it is installed as a package.
@@ -307,6 +309,7 @@ def provenance(device: "torch.device", command: str | None = None) -> dict[str, 
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {
             "python": platform.python_version(),
+            "upop": upop.__version__,  # a source tree on the path is not installed, and has no other
             **{name: metadata.version(name) for name in packages},
         },
         "hardware": {

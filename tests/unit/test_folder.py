@@ -1,11 +1,14 @@
 """A run's folder is written whole or not at all, and never over what is not a run."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
+import upop
 from upop.errors import UpopError
-from upop.folder import MARK, RunFolder
+from upop.folder import MARK, RunFolder, provenance
 
 
 def test_a_sub_folder_appears_only_when_it_is_whole(tmp_path):
@@ -116,3 +119,13 @@ def test_what_was_put_beside_a_run_is_not_deleted_with_it(tmp_path):
 def test_an_empty_or_new_folder_is_free(tmp_path):
     RunFolder(tmp_path).check(overwrite=False)
     RunFolder(tmp_path / "deep/er").check(overwrite=False)
+
+
+def test_a_source_tree_that_is_not_installed_knows_its_version(monkeypatch):
+    def version(name):
+        if name == "upop":
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert provenance(torch.device("cpu"))["versions"]["upop"] == upop.__version__

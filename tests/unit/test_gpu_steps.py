@@ -1,0 +1,91 @@
+"""What waits for a GPU: its commands are ones that the programs take, and it can be worked off in several calls."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from upop import cli
+from upop.config import PruneConfig, load_config, make_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(str(ROOT / "benchmarks/gpu.py"))
+
+
+def call(gpu, monkeypatch, tmp_path, *arguments):
+    """The exit code of the script with a folder of its own."""
+    places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *places, *arguments])
+    return gpu["main"]()
+
+
+def give(gpu, tmp_path, *steps):
+    """The script with these steps, (name, Python, minutes), in place of its own."""
+    made = []
+    for name, code, minutes in steps:
+        program = tmp_path / f"{name}.py"
+        program.write_text(code)
+        made.append(gpu["Step"](name, f"python {program}", minutes))
+    gpu["main"].__globals__["STEPS"] = tuple(made)
+
+
+def test_every_command_is_one_that_its_program_takes(gpu, monkeypatch, tmp_path, capsys):
+    assert call(gpu, monkeypatch, tmp_path, "--list") == 0
+    commands = [line.split(": ", 1)[1].split() for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) == len(gpu["STEPS"])
+    for command in commands:
+        if command[:2] == ["-m", "upop"]:
+            name, *rest = command[2:]
+            values = typer.main.get_command(cli.app).commands[name].make_context(name, rest).params
+            if name == "prune":
+                given = {n: v for n, v in values.items() if n in PruneConfig.model_fields and v is not None}
+                make_config(load_config(Path(values["config"])) | given)
+        else:
+            options = [word for word in command[1:] if word.startswith("--")]
+            help_text = subprocess.run(
+                [sys.executable, command[0], "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+            ).stdout
+            assert set(options) <= set(re.findall(r"--[a-z-]+", help_text)), command
+
+
+def test_a_step_that_is_done_is_not_done_again_and_one_that_failed_is(gpu, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    note = f'open("{log}", "a").write("%s\\n")'
+    give(gpu, tmp_path, ("good", note % "good", 1), ("bad", note % "bad" + "; raise SystemExit(3)", 1))
+    assert call(gpu, monkeypatch, tmp_path) == 1
+    assert call(gpu, monkeypatch, tmp_path) == 1
+    assert log.read_text().split() == ["good", "bad", "bad"]
+    assert set(json.loads((tmp_path / "out/done.json").read_text())) == {"good"}
+    assert call(gpu, monkeypatch, tmp_path, "--only", "good") == 0
+
+
+def test_a_step_out_of_time_is_asked_to_stop_and_what_it_kept_is_brought_home(gpu, monkeypatch, tmp_path):
+    run = tmp_path / "runs/study/upop_params0.9_s0"
+    keep = (
+        "import pathlib, signal, time; "
+        f'd = pathlib.Path("{run}"); d.mkdir(parents=True, exist_ok=True); '
+        'signal.signal(signal.SIGTERM, lambda *_: ((d / "result.json").write_text("{}"), exit(75))); '
+        '(d / "begun").touch(); time.sleep(60)'
+    )
+    give(gpu, tmp_path, ("long", keep, 2 / 60), ("next", "pass", 1))
+    assert call(gpu, monkeypatch, tmp_path) == 1
+    assert (run / "begun").exists()
+    assert (tmp_path / "out/study/upop_params0.9_s0.json").read_text() == "{}"
+    assert set(json.loads((tmp_path / "out/done.json").read_text())) == {"next"}
+
+
+def test_nothing_is_begun_in_the_last_minute(gpu, monkeypatch, tmp_path):
+    give(gpu, tmp_path, ("one", f'open("{tmp_path / "begun"}", "w")', 1))
+    assert call(gpu, monkeypatch, tmp_path, "--minutes", "1") == 1
+    assert not (tmp_path / "begun").exists()
