@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import provenance
 
-END_S = 30.0  # from asking a step to stop to ending it: a study's runs write their checkpoints
+END_S = 60.0  # from asking a step to stop to ending it: a study's runs write their checkpoints
 LEAST_S = 60.0  # no step is begun with less time left
 
 
@@ -44,7 +44,8 @@ class Step:
 
 # The dense model and a table's worth of runs first: eight at a time, since one alone leaves most of a GPU idle.
 STEPS = (
-    Step("full", "upop study full --data {data} --out {runs}/full --executor processes --workers 8", 600),
+    # Its latencies are measured beside each other: those of bench-tiny count.
+    Step("full", "upop study full --data {data} --out {runs}/full --executor processes --workers 8 --threads 2", 600),
     Step("base", "upop prune --config configs/deit-base-224.toml --model deit-base {common} --out {runs}/base", 10),
     Step("base-step", "python benchmarks/base_step.py --device {device} --json {out}/base-step.json", 3),
     Step(
@@ -73,12 +74,14 @@ STEPS = (
     Step(
         "bench-tiny",
         "upop bench {runs}/full/dense/model {runs}/full/upop_params0.5_s0/model {runs}/full/upop_params0.8_s0/model "
-        "{runs}/full/upop_params0.9_s0/model --device {device} --seconds 2 --out {out}/bench-tiny",
-        10,
+        "{runs}/full/upop_params0.9_s0/model --device {device} --runtimes eager,compile --seconds 2 "
+        "--out {out}/bench-tiny",
+        15,
     ),
     Step(
         "bench-base",
-        "upop bench {runs}/base/dense {runs}/base/model --device {device} --seconds 5 --out {out}/bench-base",
+        "upop bench {runs}/base/dense {runs}/base/model --device {device} --runtimes eager,compile --batches 1,64,256 "
+        "--seconds 2 --out {out}/bench-base",
         10,
     ),
     # Dense models as small as what pruning leaves, from scratch, for as many epochs as pruning and what came before.
@@ -92,7 +95,11 @@ STEPS = (
         for width in (60, 84, 135)
     ),
     Step("dense-small", "upop prune --config configs/deit-small-cifar10.toml {common} --out {runs}/dense-small", 30),
-    Step("attention", "python benchmarks/attention.py --device {device} --json {out}/attention.json", 3),
+    Step(
+        "attention",
+        "python benchmarks/attention.py --device {device} --images 512 --steps 100 --json {out}/attention.json",
+        3,
+    ),
     Step(
         "latency-targets",
         "python benchmarks/latency_targets.py --device {device} --batches 1,8,256 --runtimes "

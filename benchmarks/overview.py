@@ -1,12 +1,13 @@
-"""README's table: accuracy at 50, 80 and 90 % of the parameters removed, upop's, other tools' and published.
+"""Tables of accuracy at 50, 80 and 90 % of the parameters removed: upop's, other tools' and published.
 
-Ours and theirs start from one dense model and are read from the results that are checked in.
+A table is of one dense model, from which all its rows start; read from the results that are checked in.
 
-    python benchmarks/overview.py            prints it; a test holds README against it
+    python benchmarks/overview.py again      prints README's; claims: that of docs/recipe.md. A test holds both
 """
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,6 @@ from upop.report.references import PAPER, PUBLISHED, REPORT
 RESULTS = Path(__file__).parents[1] / "results"
 RATIOS = (0.5, 0.8, 0.9)
 NOTHING = 0.0  # removed
-STUDIES = ("recipe-long", "recipe")
-PEERS = ("peers-20epochs-muon", "peers-6epochs-muon", "peers-6epochs", "peers")
 SCRATCH = "from-scratch"
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 # What a row says of a run of a study, rates going with the optimizer: runs that differ in more need rows of their own.
@@ -32,6 +31,27 @@ METHODS = {
     "magnitude": "smallest weights (`magnitude`)",
     "taylor": "smallest effect on the loss (`taylor`)",
     "dense-continued": "the dense model, trained on",
+}
+# By how effects on the loss are normalised.
+ONE_SHOT = {"zscore": "upop, one-shot", "none": "upop, one-shot, effects as they are"}
+
+
+class Start(NamedTuple):
+    """A dense model, and the folders of what began with it."""
+
+    dense: str
+    studies: tuple[str, ...]
+    peers: tuple[str, ...]
+    published: bool = False  # whether the table ends with what others have published
+
+
+STARTS = {
+    "again": Start("recipe-again/dense.json", ("recipe-again",), ("peers-again",), published=True),
+    "claims": Start(
+        "claims/dense.json",
+        ("recipe-long", "recipe"),
+        ("peers-20epochs-muon", "peers-6epochs-muon", "peers-6epochs", "peers"),
+    ),
 }
 
 
@@ -52,10 +72,10 @@ class Row:
     sources: dict[str, None] = field(default_factory=dict)
 
 
-def table() -> str:
+def table(start: Start) -> str:
     """Markdown."""
     rows: dict[Kind, Row] = {}
-    for kind, ratio, accuracy, source in (*_of_studies(), *_of_peers()):
+    for kind, ratio, accuracy, source in (*_of_studies(start.studies), *_of_peers(start.peers)):
         if ratio in (*RATIOS, NOTHING):
             row = rows.setdefault(kind, Row())
             row.found.setdefault(ratio, []).append(accuracy)
@@ -66,37 +86,41 @@ def table() -> str:
         lines.append(_line(kind.what, epochs, kind.optimizer, rows[kind].found, *rows[kind].sources))
     for epochs, optimizer, ratio, accuracy in _from_scratch():
         lines.append(_line("a dense model of that size", epochs, optimizer, {ratio: [accuracy]}, SCRATCH))
+    return "\n".join(lines + (_published() if start.published else []))
+
+
+def _published() -> list[str]:
     paper = {e.ratio: e.value for e in PUBLISHED if e.source == PAPER and e.method in ("dense", "upop")}
-    lines.append(
-        f"| the paper: DeiT-Small on ImageNet, {paper[0.0]} dense | 60 + 300 | AdamW | {paper[0.5]} | | "
-        "| [Shi et al.](https://arxiv.org/abs/2301.13741) |"
-    )
     drops = {e.ratio: e.value for e in PUBLISHED if e.source == REPORT and e.schedule == "linear"}
-    published = " | ".join(f"{drops[ratio]:+.0f} points".replace("-", "−") for ratio in RATIOS)
-    lines.append(f"| the earlier report, against its own baseline | | | {published} | one run each, nothing cut out |")
-    return "\n".join(lines)
+    lost = " | ".join(f"{drops[ratio]:+.0f} points".replace("-", "−") for ratio in RATIOS)
+    return [
+        f"| the paper: DeiT-Small on ImageNet, {paper[0.0]} dense | 60 + 300 | AdamW | {paper[0.5]} | | "
+        "| [Shi et al.](https://arxiv.org/abs/2301.13741) |",
+        f"| the earlier report, against its own baseline | | | {lost} | one run each, nothing cut out |",
+    ]
 
 
-def _of_studies() -> Iterator[tuple[Kind, float, float, str]]:
-    for name in STUDIES:
+def _of_studies(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, str]]:
+    for name in names:
         for run in load_results(RESULTS / name).runs:
             assert {key for key, _ in run.variant} <= SAID, f"{name}, {run.label}: needs a row of its own"
             c = run.config
-            what = METHODS[run.method] if c["epochs_search"] else "upop, one-shot"
+            what = METHODS[run.method] if c["epochs_search"] else ONE_SHOT[c["normalise"]]
             kind = Kind(what, c["epochs_search"], c["epochs_retrain"], OPTIMIZERS[c["optimizer"]])
             accuracy = run.accuracy("last")
             assert accuracy is not None
             yield kind, float(run.target.partition("=")[2]) if run.target else NOTHING, accuracy, name
 
 
-def _of_peers() -> Iterator[tuple[Kind, float, float, str]]:
-    for name in PEERS:
+def _of_peers(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, str]]:
+    for name in names:
         for path in sorted((RESULTS / name).glob("*_s[0-9].json")):
             data = json.loads(path.read_text())
             spec = data["spec"]
             if data["status"] != "complete":  # a target that was not met
                 continue
-            ours = {"upop": "upop, search", "upop-one-shot": "upop, one-shot"}
+            once = ONE_SHOT[(spec["how"] or {}).get("normalise", "none")]
+            ours = {"upop": METHODS["upop"], "upop-one-shot": once}
             what = ours.get(spec["setting"], f"Torch-Pruning, {spec['setting']}")
             search = spec["epochs"] * spec.get("search_share", 0.5) if spec["setting"] == "upop" else 0
             kind = Kind(what, search, spec["epochs"] - search, OPTIMIZERS[spec["optimizer"]])
@@ -134,4 +158,4 @@ def _cell(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(STARTS[sys.argv[1]]))

@@ -1,8 +1,9 @@
 """A GPU that is not there: tensors on `cuda` that have shape, type and device, and no values.
 
-What is computed of them alone runs as shapes; a tensor of the CPU among them is refused as a real GPU refuses it, and
-every question for a value is counted, as it would make the program wait. Truths come as true, counts as 0, all others
-as 1, so that code goes on. Gradients are made without going backwards.
+What is computed of them alone runs as shapes; a tensor of the CPU among them is refused as a real GPU refuses it.
+Whatever would make the program wait is counted: every question for a value, and every copy from the CPU that is not
+said to be non_blocking. Truths come as true, counts as 0, all others as 1, so that code goes on. Gradients are made
+without going backwards.
 """
 
 import shutil
@@ -67,6 +68,7 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.values = _Values()
+        self.copied = 0  # from the CPU, in a way that waits
 
     @property
     def asked(self) -> int:
@@ -82,11 +84,23 @@ class FakeGpu(TorchDispatchMode):
         if fake and func is aten._to_copy.default and device == torch.device("cpu"):
             self.values.asked += 1
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        self.copied += self._copies_and_waits(func, args, kwargs)
         if fake or (device is not None and torch.device(device).type == "cuda"):
             args, kwargs = tree_map_only(torch.Tensor, self._shape_of, (args, kwargs))
             with self.values:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _copies_and_waits(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether values of the CPU, not said to be under way, are copied to a GPU."""
+        if func is aten._to_copy.default:
+            here, to_gpu = args[0], torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        elif func in (aten.copy_.default, aten.index_put_.default, aten.index_put.default):
+            here, to_gpu = args[1 if func is aten.copy_.default else 2], isinstance(args[0], FakeTensor)
+        else:
+            return False
+        waits = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] and args[2]))
+        return bool(to_gpu and waits and not isinstance(here, FakeTensor))
 
     def _shape_of(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.values.from_tensor(tensor)

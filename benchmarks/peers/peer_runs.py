@@ -44,7 +44,8 @@ LR_SEARCH = {"adamw": 5e-4, "muon": 2.5e-3}
 CHOICE_RATIO, CHOICE_SEED = 0.8, 100
 TAYLOR_BATCHES, TAYLOR_BATCH_SIZE = 50, 64  # the batches of Isomorphic Pruning, the batch size of Torch-Pruning
 PLAIN_STEPS = 24  # of ordinary training, for what a step costs without a search
-ONE_SHOT = {"rank_batches": 16, "rank_rounds": 4}  # batches of the batch size of training, also to compensate with
+# Batches of the batch size of training, also to compensate with. Results that name no `normalise` had "none".
+ONE_SHOT = {"rank_batches": 16, "rank_rounds": 4, "normalise": "zscore"}
 RETRAIN = 2  # position of retraining among upop's stages, which its batches are drawn by
 
 

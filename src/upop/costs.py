@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from upop.devices import sent
 from upop.profiling import activation_macs
 from upop.structures import Structure, is_within
 
@@ -76,9 +77,9 @@ class Cost:
         """Cost (scalar, float64) where the fraction `fractions_S` in [0, 1] of each structure's units stays."""
         shares_S = fractions_S.double()
         if self.curves:
-            x_SP, y_SP = (points.to(shares_S.device) for points in self._points)
+            x_SP, y_SP = (sent(points, shares_S.device) for points in self._points)
             shares_S = _interpolate(shares_S, x_SP, y_SP)
-        touched_TS, amounts_T = (each.to(shares_S.device) for each in self._matrix)
+        touched_TS, amounts_T = (sent(each, shares_S.device) for each in self._matrix)
         products_T = torch.where(touched_TS, shares_S, torch.ones_like(shares_S)).prod(1)
         return self.fixed + (amounts_T * products_T).sum()
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from upop.devices import sent
+
 
 @dataclass(frozen=True)
 class Share:
@@ -35,12 +37,8 @@ def at_hand(draws: Tensor, images: Tensor, share: Share | None, *, dim: int = 0)
 
 
 def send(draws: Tensor, images: Tensor) -> Tensor:
-    """The draws on the images' device; pinned on the way, since a pageable copy may wait for the device."""
-    if draws.device == images.device:
-        return draws
-    if images.device.type == "cuda" and draws.device.type == "cpu":
-        draws = draws.pin_memory()
-    return draws.to(images.device, non_blocking=images.device.type == "cuda")
+    """The draws on the images' device."""
+    return sent(draws, images.device)
 
 
 def own(draws: Tensor, images: Tensor, share: Share | None, *, dim: int = 0) -> Tensor:

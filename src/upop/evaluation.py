@@ -3,8 +3,8 @@
 Must not train, and must not decide which split is read.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,17 @@ class Score:
     images: int
 
 
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """No TF32 in convolutions, where it is the default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 @torch.no_grad()
 def evaluate(
     models: Mapping[str, nn.Module], batches: Batches, *, accelerator: Accelerator, autocast: bool = False
@@ -35,6 +46,15 @@ def evaluate(
     Without `autocast` in the models' own precision, for results: a masked model and its slimmed twin must not differ
     by rounding. With it as in training, for a quick look. Where memory runs out, fewer images go through at once.
     """
+    # A compiled model as it was: to compile it again, for this precision and for the last, smaller batch, takes longer
+    # than to go without, and leaves training with graphs for any batch size.
+    with torch.compiler.set_stance("force_eager"), _whole_float32():
+        return _evaluate(models, batches, accelerator, autocast)
+
+
+def _evaluate(
+    models: Mapping[str, nn.Module], batches: Batches, accelerator: Accelerator, autocast: bool
+) -> dict[str, Score]:
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
@@ -49,7 +69,10 @@ def evaluate(
                         logits = model(pixel_values=x).logits.float()
                     loss = F.cross_entropy(logits, y, reduction="sum")
                     correct = (logits.argmax(-1) == y).sum()
-                    sums[name] += torch.stack([correct, loss, torch.tensor(len(y), device=loss.device)])
+                    # Element by element: a tensor made from Python numbers would be a copy to the device.
+                    sums[name][0] += correct
+                    sums[name][1] += loss
+                    sums[name][2] += len(y)
         return sums
 
     # Nothing is asked of other processes before the end: each may go at its own pace.

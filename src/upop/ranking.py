@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from upop.costs import Cost, unit_cost
+from upop.devices import sent
 from upop.errors import UpopError
 from upop.structures import Structure
 
@@ -138,7 +139,7 @@ def _group(structures: Sequence[Structure], scores: Scores, align: Mapping[str, 
                 if s.floor == 1
                 else torch.argsort(own, descending=True, stable=True)[s.units - s.floor :]
             )
-            open_[falls_last] = False
+            open_.index_fill_(0, falls_last, False)  # without a copy to the device
             share = torch.full((number,), 1 / s.units, dtype=torch.float64, device=device)
         else:
             order_LK = torch.argsort(values_LK, dim=1, descending=True, stable=True)
@@ -159,16 +160,16 @@ def _group(structures: Sequence[Structure], scores: Scores, align: Mapping[str, 
     sizes_S = torch.tensor([len(own) for own, _, _ in parts])
     flat, share, open_ = (torch.cat(column) for column in zip(*parts, strict=True))
     assert flat.device.type != "cpu" or not flat.isnan().any(), "scores must not be NaN"
-    index = torch.repeat_interleave(torch.arange(len(structures)), sizes_S).to(device)
+    index = sent(torch.repeat_interleave(torch.arange(len(structures)), sizes_S), device)
     return _Groups(flat, index, share, open_ & ~_last_block(structures, flat, index), of)
 
 
 def _last_block(structures: Sequence[Structure], scores: Tensor, index: Tensor) -> Tensor:
     """Whether each group is the one whole block that stays, bool [G]."""
     blocks = [n for n, s in enumerate(structures) if s.drops]
-    is_block = torch.isin(index, torch.tensor(blocks, dtype=index.dtype, device=index.device))
     if not blocks:
-        return is_block
+        return torch.zeros_like(index, dtype=torch.bool)
+    is_block = torch.isin(index, sent(torch.tensor(blocks, dtype=index.dtype), index.device))
     # The last of equal scores, as ties fall earlier first.
     order = torch.argsort(torch.where(is_block, scores, torch.inf), descending=True, stable=True)
     return torch.zeros_like(is_block).index_fill_(0, order[-1:], True)
@@ -187,7 +188,7 @@ def _prefix(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     if cost.additive:
         prices = torch.tensor([cost.prices[s.name] * s.width for s in structures], dtype=torch.float64)
-        spent = (prices.to(order.device)[groups.structure] * groups.share)[order]
+        spent = (sent(prices, order.device)[groups.structure] * groups.share)[order]
         return ((spent.cumsum(0) - spent) < budget)[place] & groups.open
     low, high = torch.zeros_like(place[0]), groups.open.sum()
     zeros_S = torch.zeros(len(structures), dtype=torch.float64, device=order.device)

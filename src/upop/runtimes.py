@@ -130,6 +130,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _onnx_runner(model: nn.Module, images: Tensor, threads: int) -> Callable[[], Tensor]:
     device = next(model.parameters()).device.type
+    _provider(device)  # before the export, which takes seconds
     pixels = images.detach().float().cpu().numpy()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder, "model.onnx")
@@ -143,15 +144,9 @@ def onnx_session(file: Path, *, threads: int | None = None, device: str = "cpu")
 
     Raises UpopError where onnxruntime cannot run it, or is not built for `device` (`cpu` or `cuda`).
     """
-    require_onnx()
+    provider = _provider(device)
     import onnxruntime  # type: ignore[import-untyped]
 
-    provider = f"{device.upper()}ExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise UpopError(
-            f"runtime onnx: the model is on {device}, and this onnxruntime is built without it; install "
-            "onnxruntime-gpu, or move the model to the CPU"
-        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Waiting threads would otherwise spin on, and slow whatever runs next in this process by up to half.
@@ -164,6 +159,20 @@ def onnx_session(file: Path, *, threads: int | None = None, device: str = "cpu")
         raise ModelError(
             f"{file.name}: onnxruntime cannot run it ({what}); try another --opset, or a newer onnxruntime"
         ) from error
+
+
+def _provider(device: str) -> str:
+    """What onnxruntime calls `device`; raises UpopError where it is missing, or not built for it."""
+    require_onnx()
+    import onnxruntime
+
+    provider = f"{device.upper()}ExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise UpopError(
+            f"runtime onnx: the model is on {device}, and this onnxruntime is built without it; install "
+            "onnxruntime-gpu, or move the model to the CPU"
+        )
+    return provider
 
 
 def require_onnx() -> None:

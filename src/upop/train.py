@@ -169,10 +169,15 @@ def fit(
     with closing(task):
         for epoch in range(first, math.ceil(steps / len(batches))):
             tally.start(epoch, fresh=epoch > first or skip == 0)
-            for images, labels in itertools.islice(batches.epoch(epoch, skip), steps - tally.step):
+            coming = itertools.islice(batches.epoch(epoch, skip), steps - tally.step)
+            batch = next(coming, None)
+            while batch is not None:
+                images, labels = batch
                 keep(lambda: _state(ready, tally, average, accelerator.device))
                 _set_rates(ready, peaks, factor(tally.step))
                 sums = processes.add_up_(passes.backward(images, labels, _in_all(images, batches)))
+                # Made while the device is still at this one, which must be waited for to know whether it is finite.
+                batch = next(coming, None)
                 if _finite(model, sums, hook, options, accelerator):
                     for optimizer in ready:
                         optimizer.step()

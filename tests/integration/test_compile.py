@@ -7,9 +7,12 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from transformers import ViTConfig, ViTForImageClassification
 
 import upop
+from upop.data import Batches, MemorySplit
+from upop.evaluation import evaluate
 
 STEPS = 5
 
@@ -67,3 +70,31 @@ def test_a_compiled_search_equals_the_eager_one_and_compiles_once() -> None:
     assert {value.item() for mask in compiled_state["masks"].values() for value in mask} == {0.0, 1.0}
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_is_evaluated_without_compiling_again(make_model) -> None:
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    model = make_model("vit")
+    images = torch.randint(0, 255, (12, 3, 32, 32), dtype=torch.uint8)
+    data = Batches(
+        MemorySplit(images, torch.arange(12) % 10),
+        batch_size=8,
+        size=32,
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        num_classes=10,
+    )
+    accelerator = Accelerator(cpu=True)
+    plain = evaluate({"model": model}, data, accelerator=accelerator)
+    model.compile(backend=backend)
+    model(pixel_values=torch.zeros(8, 3, 32, 32))
+    before = len(compiled)
+    assert before > 0
+    # Another mode, another size at the end.
+    assert evaluate({"model": model.train()}, data, accelerator=accelerator) == plain
+    assert len(compiled) == before

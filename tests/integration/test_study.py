@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 from filelock import FileLock
@@ -195,3 +198,22 @@ def test_workers_give_the_results_of_one_process(done, tmp_path, executor):
     summary, _ = go(out, executor=executor)
     assert set(summary.ran) == {"upop_params0.5_s0", "mask_params0.5_s0"}, (out / "logs").is_dir() and os.listdir(out)
     assert numbers(out) == numbers(done)
+
+
+def test_a_study_that_is_asked_to_stop_ends_after_its_runs_which_keep_a_checkpoint(tmp_path):
+    path, out = tmp_path / "mine.toml", tmp_path / "out"
+    path.write_text(TEXT.replace("epochs_dense = 2", "epochs_dense = 2000"))
+    command = [sys.executable, "-m", "upop", "study", str(path), "--out", str(out), "--executor", "processes"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "dense/last-good").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    # Nobody writes any more, and the run can be taken up.
+    assert list((out / "dense/checkpoints").glob("0*"))
+    with FileLock(out / "dense.lock", timeout=0):
+        pass

@@ -57,9 +57,13 @@ def test_it_refuses_what_a_gpu_refuses_and_counts_questions(gpu):
         on_gpu + on_cpu
     assert (on_gpu + on_cpu.to("cuda")).device.type == "cuda"
     assert on_cpu.sum().item() == 3, "the CPU computes"
-    assert gpu.asked == 0
+    assert (gpu.asked, gpu.copied) == (0, 1)
     bool(on_gpu.sum() > 2)
-    assert gpu.asked == 1
+    assert (gpu.asked, gpu.copied) == (1, 1)
+    on_gpu[on_gpu.argsort()] = 2.0
+    assert (gpu.asked, gpu.copied) == (1, 2), "a value of the CPU is a copy too"
+    on_cpu.to("cuda", non_blocking=True)
+    assert (gpu.asked, gpu.copied) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +80,11 @@ def test_it_refuses_what_a_gpu_refuses_and_counts_questions(gpu):
     ids=str,
 )
 def test_batches_are_made_on_the_device_without_a_question(gpu, options):
-    for images, labels in batches(train=True, augment=Augment(**options)):
+    made = batches(train=True, augment=Augment(**options))
+    before = gpu.copied
+    for images, labels in made:
         assert (images.device.type, labels.device.type) == ("cuda", "cuda")
-    assert gpu.asked == 0
+    assert (gpu.asked, gpu.copied) == (0, before)
 
 
 @pytest.mark.parametrize(
@@ -89,24 +95,34 @@ def test_batches_are_made_on_the_device_without_a_question(gpu, options):
 def test_a_training_step_asks_once(gpu, accelerator, make_model, options):
     teacher = make_model().to("cuda") if any("distill" in name for name in options) else None
     model = make_model().to("cuda")
+    copied = []
     fitted = fit(
-        model, batches(train=True), FitOptions(epochs=1, lr=1e-3, **options), accelerator=accelerator, teacher=teacher
+        model,
+        batches(train=True),
+        FitOptions(epochs=1, lr=1e-3, **options),
+        accelerator=accelerator,
+        teacher=teacher,
+        report=lambda progress: copied.append(gpu.copied),
     )
     assert fitted.skipped == 0
     assert gpu.asked == STEPS
+    assert copied[-1] == copied[0], "after the first step nothing is sent in a way that waits"
 
 
-def searched(model, accelerator, steps=20, **options):
+def searched(gpu, model, accelerator, steps=20, **options):
     options = {"target": upop.Target(params=0.5), **options}
     search = upop.Search(model, steps=steps, **options)
     hook = SearchHook(search, lambda: 0.5, 1e-3, TraceRecorder(search.structures, steps))
+    copied = []
     fit(
         model,
         batches(train=True),
         FitOptions(epochs=steps / STEPS, lr=1e-3),
         accelerator=accelerator,
         hook=hook,
+        report=lambda progress: copied.append(gpu.copied),
     )
+    assert copied[-2] == copied[0], "between its first step and its last a search sends nothing in a way that waits"
     return search
 
 
@@ -130,7 +146,7 @@ def searched(model, accelerator, steps=20, **options):
 )
 def test_a_search_and_what_it_leaves_are_on_the_device(gpu, accelerator, make_model, options):
     model = make_model().to("cuda")
-    search = searched(model, accelerator, **options)
+    search = searched(gpu, model, accelerator, **options)
     assert search.done
     # The loop itself once a step; the search at every 20th, and for its last decision by weights.
     assert gpu.asked <= 20 + 2 or options.get("method") == "magnitude"
@@ -152,6 +168,8 @@ def test_ranking_without_a_search_and_compensation_work_on_the_device(gpu, make_
 
 
 def test_evaluation_asks_at_the_end_alone(gpu, accelerator, make_model):
+    model, images = make_model().to("cuda"), batches()
+    before = gpu.copied
     with pytest.raises(AssertionError, match="every image counts once"):  # this GPU cannot count
-        evaluate({"model": make_model().to("cuda")}, batches(), accelerator=accelerator)
-    assert gpu.asked == 3
+        evaluate({"model": model}, images, accelerator=accelerator)
+    assert (gpu.asked, gpu.copied) == (3, before)

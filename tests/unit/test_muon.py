@@ -8,6 +8,7 @@ from torch import nn
 
 from upop.muon import Muon, orthogonalised
 
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(8, 8), (8, 24), (24, 8), (8, 8), (24, 8), (8, 8)]
 
 
@@ -20,6 +21,13 @@ def give_gradients(parameters, seed):
     source = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=source)
+
+
+@pytest.fixture(params=["by shape", "together"])
+def batched_as(request, monkeypatch):
+    """As on a CPU, or as on an accelerator."""
+    if request.param == "together":
+        monkeypatch.setattr("upop.muon._batches", lambda matrices: [matrices])
 
 
 def assert_close(ours, theirs):
@@ -38,7 +46,7 @@ def assert_close(ours, theirs):
         {"adjust_lr_fn": "match_rms_adamw"},
     ],
 )
-def test_steps_are_those_of_torch(options):
+def test_steps_are_those_of_torch(options, batched_as):
     ours, theirs = matrices(), matrices()
     batched, single = Muon(ours, lr=0.02, **options), torch.optim.Muon(theirs, lr=0.02, **options)
     for step in range(4):
@@ -51,14 +59,21 @@ def test_steps_are_those_of_torch(options):
 
 def test_an_update_has_singular_values_near_one():
     source = torch.Generator().manual_seed(0)
-    for shape in ((5, 12, 12), (5, 12, 30), (5, 30, 12)):
-        update = orthogonalised(
-            torch.randn(shape, generator=source), coefficients=(3.4445, -4.7750, 2.0315), steps=5, eps=1e-7
-        )
-        assert update.shape == shape
-        values = torch.linalg.svdvals(update.float())
+    some = [torch.randn(shape, generator=source) for shape in ((12, 12), (12, 30), (30, 12), (1, 12), (5, 40))]
+    for matrix, update in zip(some, orthogonalised(some, COEFFICIENTS, steps=5, eps=1e-7), strict=True):
+        assert update.shape == matrix.shape
+        values = torch.linalg.svdvals(update)
         assert values.max() < 1.3
         assert values.median() > 0.6
+
+
+def test_matrices_of_different_shapes_do_not_change_each_other():
+    source = torch.Generator().manual_seed(0)
+    some = [torch.randn(shape, generator=source) for shape in ((12, 12), (12, 30), (30, 12), (1, 12), (5, 40))]
+    together = orthogonalised(some, COEFFICIENTS, steps=5, eps=1e-7)
+    for matrix, update in zip(some, together, strict=True):
+        (alone,) = orthogonalised([matrix], COEFFICIENTS, steps=5, eps=1e-7)
+        torch.testing.assert_close(update, alone, rtol=0, atol=0.02)  # bfloat16, in another order
 
 
 def test_state_goes_from_torch_to_ours_and_back():

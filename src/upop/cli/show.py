@@ -1,5 +1,6 @@
 """What the command line shows: progress, tables, promises kept. Everything shown comes from the library's values."""
 
+import contextlib
 import logging
 import os
 import time
@@ -178,7 +179,9 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    from datasets.utils.logging import disable_progress_bar, set_verbosity_error
+    # Local folders and parquet files are read without it.
+    with contextlib.suppress(ImportError):
+        from datasets.utils.logging import disable_progress_bar, set_verbosity_error
 
-    set_verbosity_error()
-    disable_progress_bar()
+        set_verbosity_error()
+        disable_progress_bar()

@@ -1,5 +1,6 @@
 """`upop study`, `upop report`, `upop animate`: many runs, what they say, and a search as a moving picture."""
 
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,8 @@ def study(
     quiet_libraries()
     from upop.study import run_study
 
+    # As Ctrl-C: what runs beside this process is asked to end, and waited for.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with StudyWatcher(path.stem, chosen.workers) as watcher:
         summary = run_study(
             loaded,

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upop.augment import Augment
 from upop.data.splits import MemorySplit, Split, StreamSplit
+from upop.devices import sent
 from upop.draws import Share
 from upop.errors import DataError
 
@@ -82,7 +83,7 @@ class Batches:
         picks = [self._pick(order, batch) for batch in range(start, len(self))]
         images = self._fetched(picks) if self.images is None else (self.images[pick] for pick in picks)
         for batch, (pick, stored) in enumerate(zip(picks, images, strict=True), start):
-            yield self._prepare(stored, self.labels[_to(pick, self.device)], (epoch, batch))
+            yield self._prepare(stored, self.labels[sent(pick, self.device)], (epoch, batch))
 
     def _order(self, epoch: int) -> Tensor:
         """Positions int64 [n] of this epoch, where the images are picked: on the device, or for workers."""
@@ -90,7 +91,7 @@ class Batches:
             order = torch.randperm(len(self.split), generator=_generator(self.seed, epoch))
         else:
             order = torch.arange(len(self.split))
-        return order if self.images is None else _to(order, self.device)
+        return order if self.images is None else sent(order, self.device)
 
     def _pick(self, order: Tensor, batch: int) -> Tensor:
         first = batch * self.batch_size
@@ -189,10 +190,3 @@ def _generator(*key: int) -> torch.Generator:
     words = [part % 2**64 for part in key]
     seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -22,7 +22,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 ATTEMPTS = 3  # of a command that a signal kills
-GRACE_S = 3.0  # from asking a command to end to ending it
+GRACE_S = 20.0  # from asking a command to end to ending it: it writes a checkpoint
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 

@@ -12,7 +12,7 @@ from typing import IO
 from upop.errors import UpopError
 from upop.executors.jobs import MORE_TIMES, Job, Outcome, guard_command, guard_request, read_answer
 
-END_S = 8.0  # a guard gives its command two times GRACE_S; after this, the guard itself is ended
+END_S = 45.0  # a guard gives its command two times GRACE_S; after this, the guard itself is ended
 
 
 def visible_gpus() -> tuple[str, ...]:
