@@ -30,7 +30,6 @@ DEFAULT_SETTINGS = (
         UPOP,
         UPOP_ONCE,
         "magnitude",
-        "magnitude-global",
         "taylor",
         "taylor-isomorphic",
         "taylor-round8",
