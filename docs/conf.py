@@ -52,6 +52,7 @@ PAGES = {
     "../results/peers/report.md": "peers.md",
     "../results/recipe/report.md": "recipe-runs.md",
     "../results/recipe-long/report.md": "recipe-long-runs.md",
+    "../results/recipe-again/report.md": "recipe-again-runs.md",
     "../benchmarks/peers/README.md": "peers-how.md",
 }
 

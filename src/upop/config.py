@@ -37,6 +37,10 @@ PAPER: dict[str, Any] = {
     "distill_features": 0.0,
 }
 
+# Options that say how a search goes, and so that there is one.
+OF_A_SEARCH = {"lr_search", "shrink", "schedule", "interval", "gradient_order", "tolerance", "checks"}
+OF_A_SEARCH |= {"lr_mask", "sparsity_attn", "sparsity_mlp"}
+
 
 class ConfigError(UpopError):
     """A key or value that a configuration cannot have."""
@@ -61,12 +65,17 @@ class PruneConfig(BaseModel):
     )
 
     epochs_dense: int | float | None = Field(None, gt=0, description="fine-tuning epochs (3; from scratch 100)")
-    epochs_search: int | float = Field(
-        1, ge=0, description="search epochs; 0.5 is half an epoch, 0 one-shot: rank on a few batches, then slim"
+    epochs_search: int | float | None = Field(
+        None,
+        ge=0,
+        description="search epochs; 0.5 is half an epoch, 0 one-shot: rank on a few batches, then slim (0; 1 with a "
+        "method, a target or an option that needs a search)",
     )
     rank_batches: int = Field(16, ge=1, description="batches that a one-shot ranking, and compensation, look at")
     rank_rounds: int = Field(4, ge=1, description="of a one-shot ranking; each takes the same share of what is left")
-    epochs_retrain: int | float = Field(5, gt=0, description="retraining epochs of the slimmed model")
+    epochs_retrain: int | float | None = Field(
+        None, gt=0, description="retraining epochs of the slimmed model (6; after a search 5)"
+    )
     batch_size: int = Field(128, ge=1, description="images per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="adamw; from scratch: muon")
@@ -220,7 +229,7 @@ class PruneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_shot(self) -> "PruneConfig":
-        if self.has("search") and self.epochs_search == 0:
+        if self.one_shot:
             if self.method not in ONE_SHOT:
                 raise ValueError(
                     f"method: expected one of {', '.join(ONE_SHOT)} for a one-shot ranking (epochs_search = 0), got "
@@ -251,7 +260,15 @@ class PruneConfig(BaseModel):
     @property
     def one_shot(self) -> bool:
         """Whether units are ranked on a few batches, without a search."""
-        return self.has("search") and self.epochs_search == 0
+        return self.has("search") and self.how_long_to_search == 0
+
+    @property
+    def how_long_to_search(self) -> int | float:
+        """Resolved epochs: none where a ranking will do and nothing that is asked for needs more (docs/recipe.md)."""
+        if self.epochs_search is not None:
+            return self.epochs_search
+        asked = self.model_fields_set & OF_A_SEARCH
+        return 1 if self.open_ended or asked or self.method not in ONE_SHOT else 0
 
     @property
     def how_to_compensate(self) -> Literal["none", "mean", "least-squares"]:
@@ -292,6 +309,8 @@ class PruneConfig(BaseModel):
         return self.model_copy(
             update={
                 "epochs_dense": self.epochs_dense or (3 if trained else 100),
+                "epochs_search": self.how_long_to_search,
+                "epochs_retrain": self.epochs_retrain or (6 if self.one_shot else 5),
                 "optimizer": optimizer,
                 "lr": lr,
                 "lr_search": self.lr_search or lr_retrain / 2,

@@ -58,7 +58,9 @@ def compensated(model, keep, batches, how, **options):
     whole = copy.deepcopy(model)
     cut_and_compensate_(whole, structures, keep, moments, how=how, **options)
     small = slim(whole, keep)
-    torch.testing.assert_close(outputs(small, batches[0]), outputs(whole, batches[0]), rtol=0, atol=1e-5)
+    # In bfloat16 products of other sizes may round otherwise, on CPUs with matrix tiles: by a few of its steps.
+    atol = 1e-5 if next(model.parameters()).dtype != torch.bfloat16 else 4 * 2**-7
+    torch.testing.assert_close(outputs(small, batches[0]), outputs(whole, batches[0]), rtol=0, atol=atol)
     return small
 
 

@@ -41,13 +41,36 @@ def test_the_papers_setting_has_a_name_and_options_win_over_it():
 
 
 @pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({}, (0, 6)),
+        ({"method": "magnitude"}, (0, 6)),
+        ({"normalise": "none", "compensate": "none", "distill": 0.5}, (0, 6)),
+        ({"epochs_search": 3}, (3, 5)),
+        ({"epochs_retrain": 20}, (0, 20)),
+        ({"recipe": "paper"}, (1, 5)),
+        ({"method": "mask"}, (1, 5)),
+        ({"method": "dense-continued"}, (1, 5)),
+        ({"target": "open", "max_drop": 0.01}, (1, 5)),
+        ({"tolerance": 0.01}, (1, 5)),
+        ({"schedule": "linear"}, (1, 5)),
+        ({"lr_search": 1e-3}, (1, 5)),
+        ({"sparsity_mlp": 0.0}, (1, 5)),
+    ],
+)
+def test_units_are_ranked_without_a_search_unless_something_that_is_asked_for_needs_one(options, epochs):
+    resolved = make_config(NEEDED | options).resolve(trained=True, device_type="cpu")
+    assert (resolved.epochs_search, resolved.epochs_retrain) == epochs
+
+
+@pytest.mark.parametrize(
     ("options", "how"),
     [
         ({"epochs_search": 0}, "zscore"),
         ({"epochs_search": 0, "stages": "search"}, "none"),
         ({"epochs_search": 0, "stages": "dense,search"}, "none"),
         ({"epochs_search": 0, "stages": "search", "method": "magnitude"}, "zscore"),
-        ({"stages": "search"}, "zscore"),
+        ({"stages": "search", "epochs_search": 1}, "zscore"),
         ({"epochs_search": 0, "normalise": "none"}, "none"),
         ({"epochs_search": 0, "stages": "search", "normalise": "rank"}, "rank"),
     ],

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from upop import plots
 
-RESULT = Path(__file__).parents[2] / "results/cifar10-deit-tiny-6layers-half.json"
+RESULT = Path(__file__).parents[1] / "data/half.json"
 
 
 @pytest.fixture
