@@ -30,7 +30,6 @@ PAPER: dict[str, Any] = {
     "normalise": "zscore",
     "gradient_order": "paper",
     "binarise": "topk",
-    "shrink": "progressive",
     "compensate": "none",
     "sparsity_attn": 4.8e-3,
     "distill": 0.0,
@@ -38,8 +37,14 @@ PAPER: dict[str, Any] = {
 }
 
 # Options that say how a search goes, and so that there is one.
-OF_A_SEARCH = {"lr_search", "shrink", "schedule", "interval", "gradient_order", "tolerance", "checks"}
+OF_A_SEARCH = {"lr_search", "shrink", "schedule", "interval", "gradient_order", "max_drop", "tolerance", "checks"}
 OF_A_SEARCH |= {"lr_mask", "sparsity_attn", "sparsity_mlp"}
+# What says nothing where a stage is not run.
+UNUSED_WITHOUT = {
+    "search": OF_A_SEARCH
+    | {"epochs_search", "rank_batches", "rank_rounds", "normalise", "binarise", "threshold", "compensate"},
+    "retrain": {"epochs_retrain"},
+}
 
 
 class ConfigError(UpopError):
@@ -129,7 +134,10 @@ class PruneConfig(BaseModel):
     )
     threshold: float | None = Field(None, description="on the normalised score, for binarise = threshold")
     max_drop: float | None = Field(
-        None, ge=0, lt=1, description="target open: the most that fits, validation at most this below dense (0.01)"
+        None,
+        ge=0,
+        lt=1,
+        description="as much as fits, at most the target: validation at most this (such as 0.01) below dense",
     )
     tolerance: float | None = Field(
         None, ge=0, lt=1, description="adaptive rate: grow while validation falls by at most this between two checks"
@@ -176,6 +184,15 @@ class PruneConfig(BaseModel):
     @classmethod
     def _of_recipe(cls, values: Any) -> Any:
         return PAPER | values if isinstance(values, dict) and values.get("recipe") == "paper" else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked_for_a_search(cls, values: Any) -> Any:
+        """Here, so that from now on values alone say what a configuration means, and not which of them were given."""
+        if isinstance(values, dict) and "epochs_search" not in values:
+            asked = any(values.get(name) is not None for name in OF_A_SEARCH)
+            return values | ({"epochs_search": 1} if asked else {})
+        return values
 
     @field_validator("stages")
     @classmethod
@@ -237,6 +254,9 @@ class PruneConfig(BaseModel):
                 )
             if self.open_ended:
                 raise ValueError("target: a one-shot ranking (epochs_search = 0) needs one, open needs a search")
+            for name in ("max_drop", "tolerance"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: needs a search, got a one-shot ranking (epochs_search = 0)")
         return self
 
     @model_validator(mode="after")
@@ -267,8 +287,7 @@ class PruneConfig(BaseModel):
         """Resolved epochs: none where a ranking will do and nothing that is asked for needs more (docs/recipe.md)."""
         if self.epochs_search is not None:
             return self.epochs_search
-        asked = self.model_fields_set & OF_A_SEARCH
-        return 1 if self.open_ended or asked or self.method not in ONE_SHOT else 0
+        return 1 if self.open_ended or self.method not in ONE_SHOT else 0
 
     @property
     def how_to_compensate(self) -> Literal["none", "mean", "least-squares"]:
@@ -326,7 +345,8 @@ class PruneConfig(BaseModel):
 
     def to_toml(self) -> str:
         """As a config file that `load_config` reads back; values left to be chosen are left out."""
-        values = self.model_dump(exclude_none=True)
+        # Where nothing of a search was asked for, to name how it would go would be to ask for one.
+        values = self.model_dump(exclude_none=True, exclude=OF_A_SEARCH if self.epochs_search is None else None)
         return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
 
 
@@ -344,15 +364,17 @@ def is_given(found: object, config: PruneConfig) -> bool:
         return False
     # An option that was not known was as it is by default.
     usual = {name: PruneConfig.model_fields[name].default for name in wanted if name not in found}
-    return bool(usual | found == wanted)
+    unused = {name for stage, names in UNUSED_WITHOUT.items() if not config.has(stage) for name in names}
+    return all(wanted.get(name) == value for name, value in (usual | found).items() if name not in unused)
 
 
 def command_line(config: PruneConfig) -> str:
-    """The `upop prune` line that does this run: every option that is not at its default."""
+    """The `upop prune` line that does this run: every option that is not what it would be if left out."""
     parts = ["upop", "prune"]
     for name, field in PruneConfig.model_fields.items():
         value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        if field.is_required() or value != field.default:
+        usual = PAPER.get(name, field.default) if config.recipe == "paper" else field.default
+        if field.is_required() or value != usual:
             parts += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
     return shlex.join(parts)
 

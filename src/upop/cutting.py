@@ -21,7 +21,7 @@ from upop.oneshot import rank
 from upop.plan import Plan, make_batches
 from upop.ranking import normalise, select
 from upop.slim import slim
-from upop.structures import Structure, kept_widths, widths
+from upop.structures import Structure, dropped_blocks, is_within, kept_widths, widths
 
 Labelled = Sequence[tuple[Tensor, Tensor]]
 
@@ -35,12 +35,16 @@ def one_shot(plan: Plan, accelerator: Accelerator, model: nn.Module) -> tuple[di
     c = plan.config
     assert plan.target is not None, "a one-shot ranking has a target"
     cost = plan.analysis.costs[plan.target.currency]
-    slack = plan.target.slack(cost, cost.dense - plan.left)
+    goal = cost.dense - plan.left
     structures, images = find_structures(model, plan.kinds), _calibration(plan, accelerator)
     work = copy.deepcopy(model)
     keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
     for number in range(1, c.rank_rounds + 1):
         budget = cost.dense * (1 - (plan.left / cost.dense) ** (number / c.rank_rounds))
+        if cost.removed(keep) >= budget:
+            continue  # the round before went that far: to select for less would bring back units that are cut
+        # What is too large for a round, such as a whole block, may be taken where it fits into all of them.
+        slack = goal - budget + plan.target.slack(cost, goal)
         scores = rank(work, structures, images, score=ONE_SHOT[c.method], seed=c.seed)
         scores = _first_the_gone(structures, scores, keep, c.normalise or "zscore")
         keep = select(structures, scores, budget, cost=cost, align=plan.align, slack=slack)
@@ -70,10 +74,12 @@ def _compensate_(
 def _first_the_gone(
     structures: Sequence[Structure], scores: Mapping[str, Tensor], keep: Mapping[str, Tensor], how: str
 ) -> dict[str, Tensor]:
-    """Scores, normalised over the units that are left; those that are gone come before all others."""
-    left = normalise(structures, {name: values[keep[name]] for name, values in scores.items()}, how)
+    """Scores, normalised over the units that are left; those that are gone, also with their block, come first."""
+    dropped = dropped_blocks(structures, keep)
+    stays = {s.name: keep[s.name] & (not is_within(s.block, dropped)) for s in structures}
+    left = normalise(structures, {name: values[stays[name]] for name, values in scores.items()}, how)
     return {
-        name: torch.full_like(values, torch.inf).masked_scatter_(keep[name], left[name])
+        name: torch.full_like(values, torch.inf).masked_scatter_(stays[name], left[name])
         for name, values in scores.items()
     }
 
@@ -87,8 +93,7 @@ def decided(plan: Plan, keep: Mapping[str, Tensor]) -> dict[str, Any]:
         "prunable": removed / size.prunable,
         "params": removed / size.dense,
     }
-    if plan.target is not None:
-        cost = plan.analysis.costs[plan.target.currency]
+    if plan.target is not None and (cost := plan.analysis.costs.get(plan.target.currency)) is not None:
         ratio |= {cost.currency: cost.removed(keep) / cost.dense}
     return {"ratio": ratio, "widths": {"before": widths(structures), "after": kept_widths(structures, keep)}}
 

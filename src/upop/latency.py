@@ -57,7 +57,7 @@ class LatencyTable:
             numbers = [table.dense_ms, table.scale, table.noise, *(ms for row in points.values() for _, ms in row)]
             right = all(math.isfinite(n) and n >= 0 for n in numbers) and table.dense_ms > 0
             rising = all(
-                row and all(low < high for (low, _), (high, _) in pairwise([(-1e-9, 0.0), *row, (1.0, 0.0)]))
+                all(low < high for (low, _), (high, _) in pairwise([(-1e-9, 0.0), *row, (1.0, 0.0)]))
                 for row in points.values()
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -120,12 +120,16 @@ def _rising(table: LatencyTable, kind: str) -> list[tuple[float, float]]:
 
 def _at_zero(table: LatencyTable, kind: str) -> float:
     """The time with nothing left of `kind`: the line through the two lowest points, not below 0."""
-    (x0, y0), (x1, y1), *_ = _rising(table, kind)
-    return max(0.0, y0 - x0 * (y1 - y0) / (x1 - x0)) if x0 > 0 else y0
+    (x0, y0), *more = _rising(table, kind)
+    if not more or x0 == 0:
+        return y0  # the dense model's: a kind that has but one width saves nothing
+    x1, y1 = more[0]
+    return max(0.0, y0 - x0 * (y1 - y0) / (x1 - x0))
 
 
 def _curve(table: LatencyTable, kind: str) -> Points:
     zero = _at_zero(table, kind)
     span = table.dense_ms - zero
-    points = [(0.0, zero), *_rising(table, kind)] if table.points[kind][0][0] > 0 else _rising(table, kind)
+    rising = _rising(table, kind)
+    points = [(0.0, zero), *rising] if rising[0][0] > 0 else rising
     return tuple((fraction, (ms - zero) / span if span > 0 else fraction) for fraction, ms in points)

@@ -32,6 +32,7 @@ from upop.penalty import equal_sparsity
 from upop.profiling import count_macs
 from upop.ranking import check_alignment, group_price
 from upop.recipe import count_steps
+from upop.search import Search
 from upop.slim import slim
 from upop.structures import Structure
 from upop.targets import TOLERANCE, Target, amount
@@ -74,6 +75,8 @@ class Plan:
     def promise(self) -> str:
         """What the target asks for and how widths may come out, in one line for people."""
         widths = ", ".join(f"{kind} in multiples of {n}" for kind, n in self.align.items()) or "any"
+        if METHODS[self.config.method].score == "none":
+            return f"{self.config.method}: nothing is removed"
         if self.target is None:
             return f"target open; widths: {widths}"
         dense, currency = self.analysis.costs[self.target.currency].dense, self.target.currency
@@ -130,13 +133,14 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     config = config.model_copy(
         update={
             "sparsity_mlp": equal.get("mlp", 0.0) if config.sparsity_mlp is None else config.sparsity_mlp,
+            "rank_batches": min(config.rank_batches, per_epoch),
             "lr_mask": config.lr_mask or 2 / steps.get("search", 2),
             "align": ",".join(f"{kind}={n}" for kind, n in align.items()) or "none",
         }
     )
     guess = _uniform_keep(analysis.structures, cost, budget)
     in_params = cost.currency == "params"
-    return Plan(
+    plan = Plan(
         given=given,
         config=config,
         loaded=loaded,
@@ -151,6 +155,35 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
         macs_before=count_macs(loaded.model),
         macs_after=count_macs(slim(loaded.model, guess)),
         steps=steps,
+    )
+    if config.has("search") and not config.one_shot:
+        make_search(plan, loaded.model).detach()  # refuses what contradicts itself while nothing is lost yet
+    return plan
+
+
+def make_search(plan: Plan, model: nn.Module) -> Search:
+    """The search that `plan` asks for, on `model`. Raises UpopError for options that contradict each other."""
+    c = plan.config
+    return Search(
+        model,
+        target=plan.target,
+        steps=plan.steps["search"],
+        structures=plan.kinds,
+        align=plan.align,
+        latency=plan.latency,
+        method=c.method,
+        shrink=c.shrink,
+        schedule=c.schedule,
+        interval=c.interval,
+        normalise=c.normalise or "zscore",
+        gradient_order=c.gradient_order,
+        sparsity=equal_sparsity(plan.analysis.structures, c.sparsity_attn)
+        | ({"mlp": c.sparsity_mlp or 0.0} if "mlp" in plan.kinds else {}),
+        threshold=c.threshold,
+        max_drop=c.max_drop,
+        tolerance=c.tolerance,
+        checks=c.checks,
+        seed=c.seed,
     )
 
 

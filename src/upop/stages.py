@@ -35,12 +35,10 @@ from upop.measure import (
     plain_batches,
     sizes,
 )
-from upop.penalty import equal_sparsity
-from upop.plan import make_augment, make_batches, set_attention
+from upop.plan import make_augment, make_batches, make_search, set_attention
 from upop.profiling import count_params
 from upop.reading import taking_over
 from upop.recipe import FitOptions
-from upop.search import Search
 from upop.session import Session
 from upop.trace import TraceRecorder
 from upop.tracking import final_numbers
@@ -135,27 +133,7 @@ class Stages:
     def search(self, model: nn.Module, *, teacher: nn.Module) -> nn.Module:
         """Search on `model`; returns its slimmed twin, once both are measured."""
         c = self.run.plan.config
-        search = Search(
-            model,
-            target=self.run.plan.target,
-            steps=self.run.plan.steps["search"],
-            structures=self.run.plan.kinds,
-            align=self.run.plan.align,
-            latency=self.run.plan.latency,
-            method=c.method,
-            shrink=c.shrink,
-            schedule=c.schedule,
-            interval=c.interval,
-            normalise=c.normalise or "zscore",
-            gradient_order=c.gradient_order,
-            sparsity=equal_sparsity(self.run.plan.analysis.structures, c.sparsity_attn)
-            | ({"mlp": c.sparsity_mlp or 0.0} if "mlp" in self.run.plan.kinds else {}),
-            threshold=c.threshold,
-            max_drop=c.max_drop,
-            tolerance=c.tolerance,
-            checks=c.checks,
-            seed=c.seed,
-        )
+        search = make_search(self.run.plan, model)
         validation = plain_batches(self.run.plan, self.run.plan.data.validation, self.run.accelerator)
 
         def accuracy() -> float:
@@ -203,12 +181,16 @@ class Stages:
             # What is cut is cut off the bare weights: those are what has to be made up for.
             search.detach()
             small = compensated(self.run.plan, self.run.accelerator, model, keep)
+        elif c.how_to_compensate != "none":
+            self.run.notes.append(
+                f"compensate = {c.how_to_compensate} changed nothing: what has shrunk to zero is not to be made up for"
+            )
         return small
 
     def one_shot(self, model: nn.Module) -> nn.Module:
         """Rank on a few batches, without training, and slim; returns the slimmed twin of `model`."""
         c = self.run.plan.config
-        about = f"one-shot, {c.target}: rank on {c.rank_batches} batches, {c.rank_rounds} times, then slim"
+        about = f"one-shot, {c.target}: rank on {c.rank_batches} batches in {c.rank_rounds} rounds, then slim"
         self.run.observer.stage("search", about)
         log.info("search: %s", about)
         with self.run.timed("search"):

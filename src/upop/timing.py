@@ -75,10 +75,11 @@ def measure_latency_table(
         return {"dense": dense.median_ms} | {name: median(s) * dense.median_ms for name, s in turns.items()}
 
     ms = times(keeps, seconds * 2 / 3)
-    points = {
-        kind: tuple((_kept(found, keeps[kind, f], kind), ms[kind, f]) for f in _fractions(kind, found))
-        for kind in kinds
-    }
+    points = {}
+    for kind in kinds:
+        # Few heads, or coarse steps: several fractions may come to one width, or to all of it.
+        times_of = {_kept(found, keeps[kind, f], kind): ms[kind, f] for f in _fractions(kind, found)}
+        points[kind] = tuple(sorted((kept, took) for kept, took in times_of.items() if kept < 1))
     table = LatencyTable(
         dense_ms=ms["dense"],
         points=points,

@@ -214,6 +214,33 @@ def test_one_shot_needs_no_training_and_can_be_grown_from(run, tmp_path):
     assert grown["params"]["after"] == pytest.approx(0.5 * result["params"]["after"], rel=0.02)
 
 
+@pytest.mark.parametrize(("unit", "target", "left"), [("params", "params=150k", 150e3), ("macs", "macs=2M", 2e6)])
+def test_a_target_may_be_what_is_left(run, tmp_path, unit, target, left):
+    _, result = outcome(run, tmp_path, target=target)
+    assert result[unit]["after"] == pytest.approx(left, abs=0.01 * result[unit]["before"])
+    assert result["ratio"]["target"] == target.partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": 0.01, "shrink": "once"}, "needs a progressive search"),
+        ({"method": "mask", "shrink": "progressive"}, "a method that trains its masks cuts once"),
+        ({"method": "progressive", "target": "params=0.95"}, "cannot be met with the same ratio in every kind"),
+    ],
+)
+def test_goals_that_contradict_each_other_are_refused_before_anything_is_trained(tmp_path, options, message):
+    out = tmp_path / "out"
+    with pytest.raises(upop.UpopError, match=message):
+        prune(make_config({**QUICK, **options, "out": str(out)}))
+    assert not out.exists()
+
+
+def test_the_control_of_a_target_in_latency_needs_no_table(run, tmp_path):
+    _, result = outcome(run, tmp_path, method="dense-continued", target="latency=0.3", epochs_search=0.2)
+    assert result["params"]["before"] == result["params"]["after"]
+
+
 def test_compensation_brings_a_one_shot_cut_nearer_to_the_dense_model(run, tmp_path, images):
     x = images(64, size=16)
     distance = {}

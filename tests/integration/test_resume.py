@@ -117,6 +117,19 @@ def test_every_kind_of_search_goes_on_to_the_same_bits(tmp_path, options):
     assert numbers(outs[0]) == numbers(outs[1])
 
 
+@pytest.mark.parametrize(("stage", "step"), [("search", 0), ("retrain", 3)])
+def test_a_run_that_ranks_once_because_nothing_else_was_said_goes_on_as_that(tmp_path, stage, step):
+    outs = [tmp_path / "whole", tmp_path / "broken"]
+    left_open = {name: value for name, value in OPTIONS.items() if name not in ("epochs_search", "epochs_retrain")}
+    configs = [make_config({**left_open, "epochs_dense": 1, "out": str(out)}) for out in outs]
+    whole = prune(configs[0])
+    with pytest.raises(MemoryError):
+        prune(configs[1], observer=Breaks(stage, step))
+    resumed = resume(outs[1])
+    assert {key: resumed[key] for key in NUMBERS} == {key: whole[key] for key in NUMBERS}
+    assert (resumed["config"]["epochs_search"], resumed["config"]["epochs_retrain"]) == (0, 6)
+
+
 def test_a_damaged_checkpoint_is_passed_by(whole, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(MemoryError):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upop.config import PAPER, ConfigError, PruneConfig, load_config, make_config
+from upop.config import PAPER, ConfigError, PruneConfig, given_values, is_given, load_config, make_config
 
 NEEDED = {"model": "deit-digits", "data": "digits"}
 
@@ -53,14 +53,41 @@ def test_the_papers_setting_has_a_name_and_options_win_over_it():
         ({"method": "dense-continued"}, (1, 5)),
         ({"target": "open", "max_drop": 0.01}, (1, 5)),
         ({"tolerance": 0.01}, (1, 5)),
+        ({"max_drop": 0.01}, (1, 5)),
+        ({"schedule": "sine"}, (1, 5)),
+        ({"schedule": "sine", "epochs_search": 0}, (0, 6)),
         ({"schedule": "linear"}, (1, 5)),
         ({"lr_search": 1e-3}, (1, 5)),
         ({"sparsity_mlp": 0.0}, (1, 5)),
     ],
 )
 def test_units_are_ranked_without_a_search_unless_something_that_is_asked_for_needs_one(options, epochs):
-    resolved = make_config(NEEDED | options).resolve(trained=True, device_type="cpu")
-    assert (resolved.epochs_search, resolved.epochs_retrain) == epochs
+    config = make_config(NEEDED | options)
+    # Written down whole, as a checkpoint does, it means the same: no option is asked for by being written.
+    for same in (config, make_config(config.model_dump())):
+        resolved = same.resolve(trained=True, device_type="cpu")
+        assert (resolved.epochs_search, resolved.epochs_retrain) == epochs
+
+
+@pytest.mark.parametrize("goal", ["max_drop", "tolerance"])
+def test_a_ranking_keeps_to_no_accuracy(goal):
+    with pytest.raises(ConfigError, match=rf"{goal}: needs a search, got a one-shot ranking"):
+        make_config(NEEDED | {"epochs_search": 0, goal: 0.02})
+
+
+@pytest.mark.parametrize(("method", "shrink"), [("upop", "progressive"), ("mask", "once"), ("magnitude", "once")])
+def test_the_papers_baselines_cut_as_they_do(method, shrink):
+    config = make_config(NEEDED | {"recipe": "paper", "method": method})
+    assert config.resolve(trained=True, device_type="cpu").shrink == shrink
+
+
+def test_options_of_stages_that_are_not_run_do_not_make_another_run():
+    dense = make_config(NEEDED | {"stages": "dense", "lr": 0.02})
+    found = given_values(dense) | {"epochs_search": 1, "epochs_retrain": 5, "normalise": "zscore"}
+    assert is_given(found, dense)
+    assert not is_given(found | {"lr": 0.01}, dense)
+    assert not is_given(found, make_config(NEEDED | {"lr": 0.02}))
+    assert not is_given(given_values(dense) | {"of_another_time": 3}, dense)
 
 
 @pytest.mark.parametrize(

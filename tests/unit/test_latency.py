@@ -160,6 +160,22 @@ def test_a_real_table_is_measured_at_rising_fractions(make_model, dtype):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("align", [{}, {"mlp": 40}, {"mlp": 128}])
+def test_fractions_that_come_to_the_same_width_are_one_point(make_model, align, machine):
+    model = make_model(layers=2, heads=3, width=48)
+    structures = find_structures(model, ("head", "mlp"))
+    table = table_of(model, structures=("head", "mlp"), align=align)
+    for kind, points in table.points.items():
+        kept = [fraction for fraction, _ in points]
+        assert kept == sorted(set(kept)), kind
+        assert all(0 < fraction < 1 for fraction in kept)
+    assert LatencyTable.from_dict(table.to_dict()) == table
+    cost = latency_cost(structures, table)
+    nothing = {s.name: torch.zeros(s.units, dtype=torch.bool) for s in structures}
+    assert 0 < cost.removed(nothing) < cost.dense
+    assert cost.dense == pytest.approx(table.dense_ms)
+
+
 @pytest.mark.parametrize(("jitter", "warned"), [(0.01, False), (0.3, True)])
 def test_a_table_made_on_a_busy_machine_says_so(make_model, monkeypatch, caplog, jitter, warned):
     monkeypatch.setattr(timing, "make_runner", lambda model, images, **options: model)

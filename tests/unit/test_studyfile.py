@@ -38,9 +38,19 @@ def test_lists_multiply_and_every_seed_is_a_run(tmp_path):
 
 def test_a_run_in_two_grids_is_one_run(tmp_path):
     grids = '[[grid]]\nmethod = ["upop", "mask"]\n[[grid]]\nschedule = ["sine", "linear"]\n'
-    labels = [run.label for run in study(tmp_path, BASE + grids).runs]
+    labels = [run.label for run in study(tmp_path, BASE + "epochs_search = 1\n" + grids).runs]
     assert len(labels) == len(set(labels)) == 6
     assert "upop_params0.5_schedule-linear_s1" in labels
+
+
+def test_a_ranking_and_a_search_are_two_runs(tmp_path):
+    grids = '[[grid]]\nmethod = "upop"\n[[grid]]\nschedule = ["sine", "linear"]\n'
+    runs = study(tmp_path, BASE + grids).runs
+    assert [(run.config.one_shot, run.config.schedule) for run in runs[::2]] == [
+        (True, "sine"),
+        (False, "sine"),
+        (False, "linear"),
+    ]
 
 
 def test_runs_and_the_dense_model_share_what_they_must(tmp_path):
@@ -53,7 +63,10 @@ def test_runs_and_the_dense_model_share_what_they_must(tmp_path):
 def test_the_command_of_a_run_makes_the_same_configuration(tmp_path):
     import shlex
 
-    made = study(tmp_path, BASE + '[[grid]]\nmethod = "mask"\nflip = false\nsparsity_attn = 0.0\n')
+    grids = '[[grid]]\nmethod = "mask"\nflip = false\nsparsity_attn = 0.0\n[[grid]]\nschedule = "sine"\n'
+    grids += '[[grid]]\nrecipe = "paper"\nalign = "auto"\ncompensate = "auto"\n'
+    made = study(tmp_path, BASE + grids)
+    assert len(made.runs) == 6
     for run in made.runs:
         words = shlex.split(command_line(run.config))
         assert words[:2] == ["upop", "prune"]

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from upop.config import STAGES
 from upop.folder import is_main_process
 
 out = Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
@@ -96,11 +97,14 @@ def print_plan(plan: Any) -> None:
     c = plan.config
     splits = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
     images = ", ".join(f"{name} {len(split):,}" for name, split in splits.items() if split is not None)
-    stages = ", ".join(f"{stage} {steps:,} steps" for stage, steps in plan.steps.items())
+    stages = {stage: f"{stage} {steps:,} steps" for stage, steps in plan.steps.items()}
+    if c.one_shot:
+        stages["search"] = f"one-shot ranking in {c.rank_rounds} rounds of {c.rank_batches} batches"
     before, after = plan.analysis.params, plan.params_after
     out.print(str(plan.analysis), markup=False)
     out.print(f"images: {plan.data.name}: {images}", markup=False)
-    out.print(f"stages: {stages} of {c.batch_size} images")
+    listed = ", ".join(stages[stage] for stage in STAGES if stage in stages)
+    out.print(f"stages: {listed}, of {c.batch_size} images each")
     out.print(plan.promise(), markup=False)
     out.print(
         f"parameters: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed); about "
