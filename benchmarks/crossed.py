@@ -14,7 +14,6 @@ All options are those of the finished search's own run, its seed included.
 """
 
 import argparse
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from upop import cutting, ranking
-from upop.config import PruneConfig, make_config
+from upop.config import PruneConfig, load_config, make_config
 from upop.errors import UpopError
 from upop.families import find_structures
 from upop.plan import Plan
@@ -109,7 +108,7 @@ def chosen_by(search: Path, structures: Sequence[Structure]) -> dict[str, Tensor
 
 def of_run(folder: Path) -> PruneConfig:
     """The configuration of a finished run; the model that it began with is looked for where it said."""
-    return make_config(tomllib.loads((folder / "config.toml").read_text()), str(folder))
+    return make_config(load_config(folder / "config.toml"), str(folder))
 
 
 def changed(config: PruneConfig, out: str, **options: Any) -> PruneConfig:

@@ -121,8 +121,9 @@ def _rising(table: LatencyTable, kind: str) -> list[tuple[float, float]]:
 def _at_zero(table: LatencyTable, kind: str) -> float:
     """The time with nothing left of `kind`: the line through the two lowest points, not below 0."""
     (x0, y0), *more = _rising(table, kind)
+    # A kind that has but one width has the dense model's point alone, and saves nothing.
     if not more or x0 == 0:
-        return y0  # the dense model's: a kind that has but one width saves nothing
+        return y0
     x1, y1 = more[0]
     return max(0.0, y0 - x0 * (y1 - y0) / (x1 - x0))
 

@@ -134,8 +134,8 @@ class Search:
             {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds} if sparsity is None else dict(sparsity)
         )
         # The control removes nothing, so that no table is needed to say how much.
-        counted = target is not None and self.method.score != "none"
-        self.cost = find_cost(model, self.structures, target.currency if target and counted else "params", latency)
+        currency = "params" if target is None or self.method.score == "none" else target.currency
+        self.cost = find_cost(model, self.structures, currency, latency)
         self._params = params_cost(model, self.structures)
         check_goal(target, self.method, threshold=threshold, max_drop=max_drop, tolerance=tolerance)
         if not self.method.unified and not self.cost.additive:

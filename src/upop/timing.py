@@ -54,8 +54,13 @@ def measure_latency_table(
     kinds = list(dict.fromkeys(s.kind for s in found))
     images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     noise = 0.0
+    # By what is kept: of few heads, or in coarse steps, several fractions may come to one width, or to all of it.
+    widths: dict[str, dict[float, dict[str, Tensor]]] = {}
+    for kind in kinds:
+        narrowed = [_narrowed(found, {kind: f}, align) for f in _fractions(kind, found)]
+        widths[kind] = {kept: keep for keep in narrowed if (kept := _kept(found, keep, kind)) < 1}
     keeps: dict[object, dict[str, Tensor]] = {
-        (kind, f): _narrowed(found, {kind: f}, align) for kind in kinds for f in _fractions(kind, found)
+        (kind, kept): keep for kind, own in widths.items() for kept, keep in own.items()
     }
 
     def times(models: Mapping[object, dict[str, Tensor]], seconds: float) -> dict[object, float]:
@@ -71,15 +76,11 @@ def measure_latency_table(
             name: [a / b for a, b in zip(timed[str(name)].runs_ms, dense.runs_ms, strict=True)] for name in models
         }
         nonlocal noise
-        noise = max(noise, *(standard_error(shares) / median(shares) for shares in turns.values()))
+        noise = max([noise, *(standard_error(shares) / median(shares) for shares in turns.values())])
         return {"dense": dense.median_ms} | {name: median(s) * dense.median_ms for name, s in turns.items()}
 
     ms = times(keeps, seconds * 2 / 3)
-    points = {}
-    for kind in kinds:
-        # Few heads, or coarse steps: several fractions may come to one width, or to all of it.
-        times_of = {_kept(found, keeps[kind, f], kind): ms[kind, f] for f in _fractions(kind, found)}
-        points[kind] = tuple(sorted((kept, took) for kept, took in times_of.items() if kept < 1))
+    points = {kind: tuple((kept, ms[kind, kept]) for kept in sorted(own)) for kind, own in widths.items()}
     table = LatencyTable(
         dense_ms=ms["dense"],
         points=points,

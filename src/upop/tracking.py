@@ -136,9 +136,9 @@ def final_numbers(result: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"{name}/{when}": result[key][when] for when in ("before", "after")}
     for batch, times in result["latency"].items():
         found |= {f"latency_ms/batch_{batch}/{when}": time["median_ms"] for when, time in times.items()}
+    ratio = (result["ratio"] or {}).items()
     # A target may be a text, such as 11M.
-    ratio = {name: value for name, value in (result["ratio"] or {}).items() if isinstance(value, int | float)}
-    found |= {f"ratio/{name}": value for name, value in ratio.items()}
+    found |= {f"ratio/{name}": value for name, value in ratio if isinstance(value, int | float)}
     return found | {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
 
 
