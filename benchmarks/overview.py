@@ -9,10 +9,10 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from upop.report.page import load_results
 from upop.report.references import PAPER, PUBLISHED, REPORT
@@ -22,9 +22,11 @@ RATIOS = (0.5, 0.8, 0.9)
 NOTHING = 0.0  # removed
 SCRATCH = "from-scratch"
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+USUAL_RATE = {"adamw": 1e-3, "muon": 5e-3}  # of retraining
 # What a row says of a run of a study, rates going with the optimizer: runs that differ in more need rows of their own.
 SAID = {"epochs_search", "epochs_retrain", "optimizer", "lr", "lr_search", "lr_retrain", "lr_mask"}
 SAID |= {"compensate", "normalise"}  # these go with the search
+SAID |= {"randaugment", "mixup", "distill"}  # see `_how`
 METHODS = {
     "upop": "upop, search",
     "unified": "trained masks, one ranking (upop's `unified`)",
@@ -47,7 +49,7 @@ class Start(NamedTuple):
 
 
 STARTS = {
-    "again": Start("README.md", ("recipe-again",), ("peers-again",), published=True),
+    "again": Start("README.md", ("recipe-again", "recipe-soft-labels"), ("peers-again",), published=True),
     "claims": Start(
         "docs/recipe.md",
         ("recipe-long", "recipe"),
@@ -110,10 +112,21 @@ def _of_studies(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, st
             assert {key for key, _ in run.variant} <= SAID, f"{name}, {run.label}: needs a row of its own"
             c = run.config
             what = METHODS[run.method] if c["epochs_search"] else ONE_SHOT[c["normalise"]]
+            what = ", ".join((what, *_how(c)))
             kind = Kind(what, c["epochs_search"], c["epochs_retrain"], OPTIMIZERS[c["optimizer"]])
             accuracy = run.accuracy("last")
             assert accuracy is not None
             yield kind, float(run.target.partition("=")[2]) if run.target else NOTHING, accuracy, name
+
+
+def _how(config: Mapping[str, Any]) -> Iterator[str]:
+    """How the retraining was not the usual one; results of older code do not know all options."""
+    if config.get("randaugment"):
+        yield "TrivialAugment"
+    if config.get("distill"):
+        yield "soft labels" if config["distill"] < 1 else "soft labels alone"
+    if config["lr_retrain"] != USUAL_RATE[config["optimizer"]]:
+        yield f"rate {config['lr_retrain']:g}"
 
 
 def _of_peers(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, str]]:
