@@ -121,10 +121,11 @@ def _of_studies(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, st
 
 def _how(config: Mapping[str, Any]) -> Iterator[str]:
     """How the retraining was not the usual one; results of older code do not know all options."""
-    if config.get("randaugment"):
-        yield "TrivialAugment"
-    if config.get("distill"):
-        yield "soft labels" if config["distill"] < 1 else "soft labels alone"
+    for option, name in (("randaugment", "TrivialAugment"), ("mixup", "mixup")):
+        if config.get(option):
+            yield name
+    if share := config.get("distill"):
+        yield "soft labels alone" if share == 1 else f"{100 * share:g} % soft labels"
     if config["lr_retrain"] != USUAL_RATE[config["optimizer"]]:
         yield f"rate {config['lr_retrain']:g}"
 
