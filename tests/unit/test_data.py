@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from upop.data import Augment, Batches, DataError, ImageData, MemorySplit, Split, StreamSplit, load_data
+from upop.data.rows import _mapped
 from upop.data.splits import cut
-from upop.data.tables import _mapped
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 ALL_PARTS = ("train", "validation", "test")

@@ -23,9 +23,9 @@ from upop.data.items import (
     full_name,
 )
 from upop.data.listing import Listing
+from upop.data.rows import ParquetItems, for_random_access, free_row_groups
 from upop.data.sources import find
 from upop.data.splits import ImageData, MemorySplit, Split, StreamSplit, check_classes, cut
-from upop.data.tables import ParquetItems, for_random_access, free_row_groups
 from upop.errors import DataError
 
 PARTS = ("train", "validation", "test")

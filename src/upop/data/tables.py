@@ -1,122 +1,27 @@
-"""Images in tables: parquet files in the Hub's layout, and data sets of the Hub itself.
-Must not decode images, nor import `datasets` or pyarrow before they are needed.
+"""Data sets in tables: parquet files in the Hub's layout, and data sets of the Hub itself.
+Must not read images, nor import `datasets` or pyarrow before they are needed.
 """
 
-import bisect
-import contextlib
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upop.data import cache
-from upop.data.items import MOST_BYTES, Ints
+from upop.data.items import Ints
 from upop.data.listing import SPLITS, Listing, key_of
-from upop.errors import DataError, UpopError, one_line
+from upop.data.rows import HubItems, ParquetItems, reading_parquet
+from upop.errors import DataError
 from upop.hub import reason
-from upop.reading import check_file, parse_json, read_bytes, size
+from upop.reading import check_file, parse_json, size
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MOST_ROWS = 2**27  # of a file
 MOST_GROUP = 2 * 2**30  # bytes of a row group, which is read as a whole
 SHARD = re.compile(r"(train|validation|valid|val|test)(?:-(\d+)-of-(\d+)|-.*)?\.parquet")
-
-
-class ParquetItems:
-    """Images in a column of parquet files, read by row groups: quick in order, slow at random."""
-
-    def __init__(self, root: Path, names: Sequence[str], column: str) -> None:
-        from pyarrow.parquet import ParquetFile
-
-        self.root, self.column = str(root), column
-        self.groups: list[tuple[str, int, int]] = []  # file, row group, rows of the file before it
-        self.starts: list[int] = []  # rows of all files before the group
-        self.count = 0
-        for name in names:
-            metadata, before = ParquetFile(root / name).metadata, 0
-            for group in range(metadata.num_row_groups):
-                self.groups.append((name, group, before))
-                self.starts.append(self.count + before)
-                before += metadata.row_group(group).num_rows
-            self.count += before
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, index: int) -> str:
-        group = bisect.bisect_right(self.starts, index) - 1
-        name, _, before = self.groups[group]
-        return f"{name} row {before + index - self.starts[group]}"
-
-    def sizes(self, index: Ints) -> Ints:
-        with _reading(Path(self.root)):
-            groups = (_row_group(self.root, name, group, self.column) for name, group, _ in self.groups)
-            return np.concatenate([_lengths(column) for column in groups])[index]
-
-    def read(self, index: int) -> bytes:
-        group = bisect.bisect_right(self.starts, index) - 1
-        name, number, _ = self.groups[group]
-        column = _row_group(self.root, name, number, self.column)
-        return _encoded(column[index - self.starts[group]].as_py(), self.root)
-
-
-class MappedItems:
-    """The same images, copied to an Arrow file that is mapped into memory: quick at random."""
-
-    def __init__(self, items: ParquetItems, file: Path) -> None:
-        self.items, self.file = items, str(file)
-        self.root = items.root
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def name(self, index: int) -> str:
-        return self.items.name(index)
-
-    def sizes(self, index: Ints) -> Ints:
-        return _lengths(_mapped(self.file))[index]
-
-    def read(self, index: int) -> bytes:
-        return _encoded(_mapped(self.file)[index].as_py(), self.root)
-
-
-class HubItems:
-    """Images in a column of the `datasets` library's tables, which are mapped into memory."""
-
-    def __init__(self, root: str, tables: Mapping[str, Any], column: str) -> None:
-        self.root, self.column = root, column
-        self.splits, self.tables = list(tables), list(tables.values())
-        self.starts = np.cumsum([0, *(len(table) for table in self.tables)]).tolist()
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def name(self, index: int) -> str:
-        part = bisect.bisect_right(self.starts, index) - 1
-        return f"{self.splits[part]} row {index - self.starts[part]}"
-
-    def sizes(self, index: Ints) -> Ints:
-        return np.concatenate([_lengths(table.data.column(self.column)) for table in self.tables])[index]
-
-    def read(self, index: int) -> bytes:
-        part = bisect.bisect_right(self.starts, index) - 1
-        return _encoded(self.tables[part][index - self.starts[part]][self.column], "")
-
-
-def _check_sizes(metadata: Any, file: Path) -> None:
-    """Raise DataError for what would not fit in memory, as far as the file tells."""
-    groups = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
-    if metadata.num_rows > MOST_ROWS or max(groups, default=0) > MOST_GROUP:
-        raise DataError(
-            f"{file}: expected at most {MOST_ROWS:,} rows and row groups of {size(MOST_GROUP)}, got "
-            f"{metadata.num_rows:,} and {size(max(groups, default=0))}; write it again with smaller row groups"
-        )
 
 
 def parquet_names(folder: Path) -> list[str]:
@@ -174,93 +79,6 @@ def hub_dataset(name: str) -> Listing:
     return Listing(name, classes, HubItems(name, plain, image), labels, parts, key=key)
 
 
-def for_random_access(items: ParquetItems, key: str) -> ParquetItems | MappedItems:
-    """Items that are quick to read at random; the slow ones where the cache folder cannot take a copy."""
-    file = cache.folder() / f"{key}.arrow"
-    if not _holds(file, len(items)):
-        with contextlib.suppress(Exception):  # the cache must never be the cause of an error
-            _copy(items, file)
-    return MappedItems(items, file) if _holds(file, len(items)) else items
-
-
-def _holds(file: Path, count: int) -> bool:
-    try:
-        return len(_mapped(str(file))) == count
-    except Exception:  # not there, or broken in one of many ways
-        return False
-
-
-def _copy(items: ParquetItems, file: Path) -> None:
-    import pyarrow as pa
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
-    os.close(handle)
-    try:
-        first = _row_group(items.root, *items.groups[0][:2], items.column)
-        schema = pa.schema([("image", first.type)])
-        with pa.OSFile(partial, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for name, group, _ in items.groups:
-                column = _row_group(items.root, name, group, items.column)
-                writer.write_table(pa.table([column], schema=schema))
-        os.replace(partial, file)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    _mapped.cache_clear()
-
-
-@lru_cache(maxsize=8)
-def _mapped(file: str) -> Any:
-    import pyarrow as pa
-
-    return pa.ipc.open_file(pa.memory_map(file)).read_all().column(0)
-
-
-def free_row_groups() -> None:
-    """Let go of what reading in order has left in memory."""
-    _row_group.cache_clear()
-
-
-@lru_cache(maxsize=4)
-def _row_group(root: str, name: str, group: int, column: str) -> Any:
-    from pyarrow.parquet import ParquetFile
-
-    return ParquetFile(Path(root, name)).read_row_group(group, columns=[column]).column(0)
-
-
-def _encoded(cell: Any, root: str) -> bytes:
-    """The image of a cell: bytes, or a struct of bytes and, where these are missing, the path of a file."""
-    if isinstance(cell, bytes):
-        return cell
-    if cell is not None and cell["bytes"] is not None:
-        return bytes(cell["bytes"])
-    if cell is not None and cell.get("path"):
-        return read_bytes(_inside(root, cell["path"]), most=MOST_BYTES)
-    raise ValueError("an empty cell")
-
-
-def _inside(root: str, name: str) -> Path:
-    """The file that a cell names: below the data set's folder, or in the caches of the Hub's libraries."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    path = Path(root, name)
-    allowed = [root] if root else [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
-    # Links inside are the owner's of the folder; a name that climbs out of it is the table's.
-    if not any(Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)) for folder in allowed):
-        raise ValueError(f"a path that leads out of the data set: {name[:100]}")
-    return path
-
-
-def _lengths(column: Any) -> Ints:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    encoded = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
-    return np.asarray(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
-
-
 def _shards(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Files of each split, train first; incomplete or ambiguous sets are errors."""
     matches = {name: match for name in names if (match := SHARD.fullmatch(name.rsplit("/")[-1]))}
@@ -283,28 +101,24 @@ def _shards(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     return shards
 
 
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turns what pyarrow says of a broken file into an error that names it."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except UpopError:
-        raise
-    # Names in a damaged file need not be text.
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{file}: expected a parquet file, got {one_line(error)}; download it again") from error
-
-
 def _schema(file: Path) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    with _reading(file):
+    with reading_parquet(file):
         check_file(file)
         with ParquetFile(file) as opened:
             _check_sizes(opened.metadata, file)
             return opened.schema_arrow
+
+
+def _check_sizes(metadata: Any, file: Path) -> None:
+    """Raise DataError for what would not fit in memory, as far as the file tells."""
+    groups = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    if metadata.num_rows > MOST_ROWS or max(groups, default=0) > MOST_GROUP:
+        raise DataError(
+            f"{file}: expected at most {MOST_ROWS:,} rows and row groups of {size(MOST_GROUP)}, got "
+            f"{metadata.num_rows:,} and {size(max(groups, default=0))}; write it again with smaller row groups"
+        )
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -335,7 +149,7 @@ def _read(folder: Path, names: Sequence[str], column: str) -> Any:
 
     pieces = []
     for name in names:
-        with _reading(folder / name):
+        with reading_parquet(folder / name):
             pieces.append(ParquetFile(folder / name).read(columns=[column]).column(0))
             if pieces[-1].type != pieces[0].type:
                 raise DataError(
