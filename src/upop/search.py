@@ -1,21 +1,20 @@
 """The search: UPop's Algorithm 1, and the baselines, as an object that a training loop calls once per optimizer step.
 
-Owns scores, masks and the decision which units stay. Must not know data, optimizers, devices of others, or files.
+Owns masks, scores and the decision which units stay. Must not know data, optimizers, devices of others, or files.
 """
 
 import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from upop import processes
 from upop.costs import params_cost
-from upop.criteria import random_scores, weight_norms
-from upop.errors import TargetError, TrainingError, UpopError, nearest
+from upop.errors import TargetError, UpopError, nearest
 from upop.families import find_structures
 from upop.growth import Growth
 from upop.latency import LatencyTable
@@ -27,22 +26,19 @@ from upop.ranking import (
     NORMALISERS,
     below,
     check_alignment,
-    normalise,
     removable,
     select,
     select_uniform,
     uniform_limit,
 )
 from upop.schedules import SCHEDULES
+from upop.scores import GradientOrder, Scores
 from upop.slim import slim
+from upop.structures import of_each
 from upop.targets import Target, check_goal, find_cost
 
 log = logging.getLogger(__name__)
 
-GradientOrder = Literal["paper", "authors"]
-
-CHECK_EVERY = 20  # steps between two looks at whether gradients on an accelerator are finite
-MOST_OVERFLOWS = 100  # steps in a row: a GradScaler halves its scale at each
 # No open-ended search goes further than this fraction of the prunable cost.
 OPEN_LIMIT = 0.95
 
@@ -156,12 +152,20 @@ class Search:
         self.ratio = 0.0
         self.steps_done = 0
         self.masks = Masks(model, self.structures)
-        # Where scores are gathered and units ranked: a search step must not wait for an accelerator.
-        self._device = next(iter(self.masks.storage))
-        self._scores = self._per_unit(torch.float64, 0.0)
-        self._keep = self._per_unit(torch.bool, True)
-        self._failed = torch.zeros((), dtype=torch.int64, device=self._device)  # steps, not yet complained of
         self._penalty = Penalty(self.masks, self.structures, self.sparsity, trained=self.trains_masks)
+        self._scores = Scores(
+            model,
+            self.masks,
+            self._penalty,
+            self.structures,
+            self.method,
+            how=normalise,
+            order=gradient_order,
+            comparable=threshold is not None,
+            seed=seed,
+        )
+        everything = torch.ones(sum(s.units for s in self.structures), dtype=torch.bool, device=self._scores.device)
+        self._keep = of_each(self.structures, everything)
         if self.trains_masks:
             for mask in self.masks.values.values():
                 mask.register_post_accumulate_grad_hook(_average_gradient_)  # type: ignore[no-untyped-call]
@@ -210,7 +214,8 @@ class Search:
         if self.steps_done == 0:
             self.masks.check()
         if not self.trains_masks:
-            self._take_gradients(1.0 if scaler is None else float(scaler.get_scale()), scaled=scaler is not None)
+            scale = None if scaler is None else float(scaler.get_scale())
+            self._scores.take(self.steps_done, scale=scale, last=self.steps_done == self.steps - 1)
         self._go_on()
 
     def skip(self) -> None:
@@ -232,8 +237,9 @@ class Search:
     def finite(self) -> Tensor:
         """Whether all gradients that the masks have now are numbers: bool scalar, on the device of the masks."""
         gradients = [mask.grad for mask in self.masks.values.values() if mask.grad is not None]
-        true = torch.ones((), dtype=torch.bool, device=self._device)
-        return torch.stack([true, *(g.isfinite().all().to(self._device) for g in gradients)]).all()
+        device = self._scores.device
+        true = torch.ones((), dtype=torch.bool, device=device)
+        return torch.stack([true, *(g.isfinite().all().to(device) for g in gradients)]).all()
 
     def _refuse_early(self, what: str) -> None:
         if self.needs_accuracy:
@@ -249,7 +255,7 @@ class Search:
         due = checked or self.steps_done % self.interval == 0
         if last or (due and self.method.shrink == "progressive"):
             progress = self.steps_done / (self.steps - 1) if self.steps > 1 else 1.0
-            self._decide(1.0 if progress == 1.0 else SCHEDULES[self.schedule](progress))
+            self._decide(1.0 if progress == 1.0 else SCHEDULES[self.schedule](progress), self.steps_done + 1)
         self.steps_done += 1
 
     def observe(self, accuracy: float) -> None:
@@ -263,7 +269,7 @@ class Search:
             raise UpopError(f"Search.observe(): expected an accuracy from 0 to 1, got {accuracy}")
         self.growth.observe(accuracy, self.steps_done)
         if self.steps_done >= self.steps and self.needs_accuracy:
-            self._decide(1.0)
+            self._decide(1.0, self.steps_done)
 
     def finish(self) -> None:
         """End the search now, at the full target (open-ended: at the ratio reached), with the scores gathered so far.
@@ -274,7 +280,7 @@ class Search:
             raise UpopError("Search.finish(): no step has been taken, so nothing is known about any unit")
         if not self.done:
             if self.growth is None:
-                self._decide(1.0)
+                self._decide(1.0, self.steps_done)
             self.steps_done, self.growth = self.steps, None
 
     def keep(self) -> dict[str, Tensor]:
@@ -303,7 +309,7 @@ class Search:
             "steps_done": self.steps_done,
             "ratio": self.ratio,
             "settings": self._settings(),
-            "scores": {k: v.cpu().clone() for k, v in self._scores.items()},
+            "scores": {k: v.cpu().clone() for k, v in self._scores.sums.items()},
             "keep": self.keep(),
             "masks": {k: v.detach().cpu().clone() for k, v in self.masks.values.items()},
             "growth": None if self.growth is None else self.growth.state_dict(),
@@ -319,8 +325,9 @@ class Search:
                 "build the search with the saved settings"
             )
         self.steps_done, self.ratio = state["steps_done"], state["ratio"]
-        self._scores = {k: v.to(self._device, copy=True) for k, v in state["scores"].items()}
-        self._keep = {k: v.to(self._device, copy=True) for k, v in state["keep"].items()}
+        device = self._scores.device
+        self._scores.sums = {k: v.to(device, copy=True) for k, v in state["scores"].items()}
+        self._keep = {k: v.to(device, copy=True) for k, v in state["keep"].items()}
         self.masks.set_(state["masks"])
         if self.growth is not None:
             self.growth.load_state_dict(state["growth"])
@@ -361,85 +368,31 @@ class Search:
             return removable(self.cost, self.align) / self.cost.prunable
         return uniform_limit(self.structures, self.cost, self.align)
 
-    def _take_gradients(self, scale: float, *, scaled: bool) -> None:
-        """Add this step's gradients to the scores, in float64; where they were scaled, only if they are finite."""
-        found = self.masks.gradients()
-        if found is None:
-            raise UpopError(
-                "Search.step(): no gradient has reached the masks since the last step; call it once after "
-                "loss.backward(), with the model in use being the one given to Search"
-            )
-        flat = torch.cat([found[s.name].to(self._device).reshape(-1) for s in self.structures])
-        # DDP does not know masks.
-        gradients = self._split(processes.mean_(flat).double())
-        gradients = {name: g / scale for name, g in self._penalty.add_gradients(gradients).items()}
-        failed = ~torch.cat(list(gradients.values())).isfinite().all()
-        # Not finite stays so in the scores, unless it is kept out of them.
-        self._failed = torch.where(failed, self._failed + 1, 0 if scaled else self._failed)
-        # Asking an accelerator waits for it: seldom is soon enough.
-        if self._device.type == "cpu" or self.steps_done % CHECK_EVERY == 0 or self.steps_done == self.steps - 1:
-            self._check_finite(MOST_OVERFLOWS if scaled else 1)
-        if self.method.score == "taylor":
-            values = {name: mask.detach().to(self._device) for name, mask in self.masks.values.items()}
-            gradients = {name: (values[name] * g).abs() for name, g in gradients.items()}
-        elif self.gradient_order == "paper":
-            gradients = normalise(self.structures, gradients, self.normalise)
-        for name, value in gradients.items():
-            self._scores[name] += torch.where(failed, 0.0, value) if scaled else value
+    def _decide(self, fraction: float, steps: int) -> None:
+        """Prune `fraction` in [0, 1] of the target: re-select from all units, then set every mask (lines 9 to 14).
 
-    def _check_finite(self, most: int) -> None:
-        if int(self._failed) >= most:
-            self._failed.zero_()
-            where = f"{'at' if self._device.type == 'cpu' else 'by'} step {self.steps_done + 1}"
-            lasting = f" for {most} steps, whatever the scale of the loss," if most > 1 else ""
-            raise TrainingError(f"Search.step(): a mask gradient is NaN or infinite{lasting} {where}")
-
-    def _per_unit(self, dtype: torch.dtype, value: float) -> dict[str, Tensor]:
-        """Structure name -> [U] of one value."""
-        return {s.name: torch.full((s.units,), value, dtype=dtype, device=self._device) for s in self.structures}
-
-    def _split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Numbers of all units, structure after structure, by name."""
-        parts = torch.split(flat, [s.units for s in self.structures])
-        return {s.name: part for s, part in zip(self.structures, parts, strict=True)}
-
-    def _ranked(self) -> dict[str, Tensor]:
-        """Scores [U], float64, by which units fall: the largest first."""
-        how = self.normalise
-        if self.method.score == "gradient":
-            if self.gradient_order == "paper" and self.threshold is None:
-                return self._scores
-            # For a threshold once more: sums of z-scores widen with every step, and it must mean the same throughout.
-            mean = {name: score / (self.steps_done + 1) for name, score in self._scores.items()}
-            return normalise(self.structures, mean, how)
-        small_first = {
-            "taylor": lambda: self._scores,
-            "magnitude": lambda: weight_norms(self.model, self.structures),
-            "mask": lambda: {k: v.detach().abs() for k, v in self.masks.values.items()},
-            "random": lambda: random_scores(self.structures, self.seed),
-        }[self.method.score]()
-        return normalise(self.structures, {name: -score.to(self._device) for name, score in small_first.items()}, how)
-
-    def _decide(self, fraction: float) -> None:
-        """Prune `fraction` in [0, 1] of the target: re-select from all units, then set every mask (lines 9 to 14)."""
+        By what `steps` >= 1 steps have gathered.
+        """
         if self.method.score == "none":
             return
         self.ratio = self.target_ratio * fraction if self.growth is None else self.growth.ratio(self.steps_done)
+        scores = self._scores.ranked(steps)
         if self.threshold is not None:
-            self._keep = below(self.structures, self._ranked(), self.threshold)
+            self._keep = below(self.structures, scores, self.threshold)
             self.ratio = self.cost.removed(self._keep) / self.cost.prunable
         elif self.method.unified:
             self._keep = select(
                 self.structures,
-                self._ranked(),
+                scores,
                 self.ratio * self.cost.prunable,
                 cost=self.cost,
                 align=self.align,
                 slack=self._slack,
             )
         else:
-            self._keep = select_uniform(self.structures, self._ranked(), self.ratio, cost=self.cost, align=self.align)
-        self._keep = self._split(processes.keep_of_first(torch.cat([self._keep[s.name] for s in self.structures])))
+            self._keep = select_uniform(self.structures, scores, self.ratio, cost=self.cost, align=self.align)
+        together = torch.cat([self._keep[s.name] for s in self.structures])
+        self._keep = of_each(self.structures, processes.keep_of_first(together))
         if self.method.shrink == "progressive":
             # Open-ended searches may end at any check, so that their losers are at 0 at once.
             value = 0.0 if self.growth is not None else 1.0 - fraction

@@ -200,6 +200,12 @@ def removed_cost(structures: Iterable[Structure], keep: Mapping[str, Tensor]) ->
     return sum(int((~keep[s.name]).sum()) * s.cost for s in structures)
 
 
+def of_each(structures: Sequence[Structure], flat: Tensor) -> dict[str, Tensor]:
+    """Numbers of all units [n], structure after structure, as structure name -> [U]."""
+    parts = torch.split(flat, [s.units for s in structures])
+    return {s.name: part for s, part in zip(structures, parts, strict=True)}
+
+
 def widths(structures: Iterable[Structure]) -> dict[str, list[int]]:
     """Kind -> units in a lane, one number a layer."""
     found: dict[str, list[int]] = {}

@@ -12,7 +12,7 @@ from torch import nn
 
 import upop
 from upop.errors import ModelError, TrainingError
-from upop.search import MOST_OVERFLOWS
+from upop.scores import MOST_OVERFLOWS
 
 STEPS = 6
 HALF = upop.Target(params=0.5)

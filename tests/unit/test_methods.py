@@ -233,6 +233,24 @@ def test_a_higher_threshold_prunes_less(make_model, images):
     assert len(set(ratios)) == 3
 
 
+def test_a_threshold_means_the_same_where_the_search_is_ended_early(make_model, images):
+    options = {"target": None, "normalise": "none", "gradient_order": "authors", "shrink": "once"}
+    whole = train(make_model(), images, steps=2, threshold=1.0, **options)
+    sums = whole.state_dict()["scores"]
+    name, unit = max(((n, int(total.argmax())) for n, total in sums.items()), key=lambda at: sums[at[0]][at[1]])
+    early = Search(make_model(), threshold=float(sums[name][unit]) * 0.4, steps=9, **options)
+    optimizer = torch.optim.AdamW(early.model.parameters(), lr=1e-3)
+    for t in range(2):
+        loss = torch.nn.functional.cross_entropy(early.model(images(8, seed=t)).logits, torch.arange(8))
+        (loss + early.penalty()).backward()
+        optimizer.step()
+        early.step()
+        optimizer.zero_grad()
+    early.finish()
+    assert torch.equal(early.state_dict()["scores"][name], sums[name])
+    assert not early.keep()[name][unit]  # its mean over two steps is half of its sum
+
+
 # ---------------------------------------------------------------- open-ended
 
 
