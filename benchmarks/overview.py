@@ -46,10 +46,11 @@ class Start(NamedTuple):
     studies: tuple[str, ...]
     peers: tuple[str, ...]
     published: bool = False  # whether the table ends with what others have published
+    looks: bool = True  # whether rows of one seed alone are among it
 
 
 STARTS = {
-    "again": Start("README.md", ("recipe-again", "recipe-soft-labels"), ("peers-again",), published=True),
+    "again": Start("README.md", ("recipe-again", "recipe-soft-labels"), ("peers-again",), published=True, looks=False),
     "claims": Start(
         "docs/recipe.md",
         ("recipe-long", "recipe"),
@@ -75,19 +76,27 @@ class Row:
     sources: dict[str, None] = field(default_factory=dict)
 
 
-def table(start: Start) -> str:
-    """Markdown for the file that `start` names."""
+def rows_of(start: Start) -> dict[Kind, Row]:
+    """All that is measured from one dense model, by what was done to it."""
     rows: dict[Kind, Row] = {}
     for kind, ratio, accuracy, source in (*_of_studies(start.studies), *_of_peers(start.peers)):
         if ratio in (*RATIOS, NOTHING):
             row = rows.setdefault(kind, Row())
             row.found.setdefault(ratio, []).append(accuracy)
             row.sources[source] = None
+    return rows
+
+
+def table(start: Start) -> str:
+    """Markdown for the file that `start` names."""
+    rows = rows_of(start)
+    if not start.looks:
+        rows = {kind: row for kind, row in rows.items() if max(map(len, row.found.values())) > 1}
     lines = ["| | epochs | | 50 % removed | 80 % | 90 % | runs |", "|---" * 7 + "|"]
     for kind in sorted(rows, key=lambda kind: (-kind.search - kind.retrain, -_hardest(rows[kind]))):
         epochs = f"{kind.search:g} + {kind.retrain:g}"
         lines.append(_line(kind.what, epochs, kind.optimizer, rows[kind].found, *rows[kind].sources))
-    for epochs, optimizer, ratio, accuracy in _from_scratch():
+    for epochs, optimizer, ratio, accuracy in from_scratch():
         lines.append(_line("a dense model of that size", epochs, optimizer, {ratio: [accuracy]}, SCRATCH))
     text = "\n".join(lines + (_published() if start.published else []))
     # The site has pages to link to, no folders.
@@ -145,7 +154,7 @@ def _of_peers(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, str]
             yield kind, spec["ratio"], 100 * data["accuracy"]["retrained"]["test"], name
 
 
-def _from_scratch() -> Iterator[tuple[str, str, float, float]]:
+def from_scratch() -> Iterator[tuple[str, str, float, float]]:
     """Epochs, optimizer, the ratio whose pruned model has about as many parameters, accuracy."""
     dense = json.loads((RESULTS / "claims/dense.json").read_text())["params"]["after"]
     paths = sorted((RESULTS / SCRATCH).glob("*.json"))

@@ -1,9 +1,11 @@
 """The pictures of the documentation, from the schedules in the code and the results that are checked in.
 
-python docs/pictures/draw.py [FOLDER]     writes units.svg, schedules.svg, masks.svg and survivors.svg there
+python docs/pictures/draw.py [FOLDER]     writes units.svg, schedules.svg, masks.svg, survivors.svg and
+sizes.svg there
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,8 +20,21 @@ from matplotlib.patches import Rectangle
 from upop.schedules import SCHEDULES
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "benchmarks"))
+import overview  # noqa: E402
+
 CLAIMS = HERE.parents[1] / "results/claims"
 BLUE, ORANGE, PALE, GREY = "#2b6cb0", "#c05621", "#dbe4ee", "#4a5568"
+# What helped most with the dense model as teacher: its augmentation at 50 %, flips and crops where less is left.
+TEACHER = tuple(f"upop, one-shot, {how}soft labels alone, rate 0.0025" for how in ("TrivialAugment, mixup, ", ""))
+# Rows of README's table: name, what they are about (later ones first), epochs in all, colour, marker.
+SERIES = (
+    ("upop, 20 epochs, the dense model as teacher", TEACHER, 20, "#2b6cb0", "o"),
+    ("upop, 20 epochs", ("upop, one-shot",), 20, "#63a4dd", "s"),
+    ("upop, 6 epochs: the default", ("upop, one-shot",), 6, "#9cc4e8", "^"),
+    ("upop, the paper's search, 1 + 5 epochs", ("upop, search",), 6, "#c05621", "v"),
+    ("Torch-Pruning, 6 epochs", ("Torch-Pruning, taylor-isomorphic",), 6, "#4a5568", "D"),
+)
 TITLES = {"attn": "attn: head dims", "mlp": "mlp: hidden neurons"}
 
 
@@ -29,7 +44,7 @@ def draw(folder: Path) -> None:
     # The same bytes for the same numbers, and letters that a page can search.
     style = {"svg.hashsalt": "upop", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
     with plt.rc_context({**style, "axes.spines.right": False, "font.family": "sans-serif", "text.color": GREY}):
-        for picture in (units, schedules, masks, survivors):
+        for picture in (units, schedules, masks, survivors, sizes):
             figure = picture()
             figure.savefig(folder / f"{picture.__name__}.svg", metadata={"Date": None}, bbox_inches="tight")
             plt.close(figure)
@@ -116,6 +131,52 @@ def _left(kind: str, target: str) -> np.ndarray:
     files = sorted(CLAIMS.glob(f"upop_prunable{target}_s?.json"))
     found = [json.loads(file.read_text(encoding="utf-8"))["widths"] for file in files]
     return np.mean([np.divide(widths["after"][kind], widths["before"][kind]) for widths in found], axis=0)
+
+
+def sizes() -> plt.Figure:
+    """Test accuracy against the parameters left, all from one dense model."""
+    rows = overview.rows_of(overview.STARTS["again"])
+    dense = json.loads((overview.RESULTS / "recipe-again/dense.json").read_text(encoding="utf-8"))
+    whole, accuracy = dense["params"]["after"] / 1e6, 100 * dense["accuracy"]["dense"]["test"]
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    axes.axhline(accuracy, color=GREY, linewidth=0.8, linestyle=":")
+    axes.annotate("the dense model", (whole, accuracy), (0, 4), textcoords="offset points", ha="right", fontsize=8)
+    for label, names, epochs, colour, marker in SERIES:
+        of_epochs = {kind.what: row.found for kind, row in rows.items() if kind.search + kind.retrain == epochs}
+        found: dict[float, list[float]] = {}
+        for name in names:
+            found |= of_epochs.get(name, {})
+        found = dict(sorted(found.items()))
+        axes.errorbar(
+            [whole * (1 - ratio) for ratio in found],
+            [statistics.fmean(values) for values in found.values()],
+            [statistics.stdev(values) if len(values) > 1 else 0 for values in found.values()],
+            label=label,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            capsize=2,
+        )
+    marks = [
+        (whole * (1 - ratio), value, f"from scratch, {epochs.split()[0]} epochs", "left")
+        for epochs, _, ratio, value in overview.from_scratch()
+    ]
+    marks += [
+        (whole, statistics.fmean(row.found[0.0]), f"trained on, {kind.search + kind.retrain:g} epochs", "right")
+        for kind, row in rows.items()
+        if kind.what == overview.METHODS["dense-continued"]
+    ]
+    for x, y, text, side in marks:
+        axes.plot(x, y, "x", color="black", clip_on=False)
+        away = {"left": (7, 4), "right": (-7, -3)}[side]
+        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        axes.annotate(text, (x, y), away, textcoords="offset points", ha=side, fontsize=8, bbox=paper)
+    axes.set(xlabel="million parameters left", ylabel="test accuracy, %", xscale="log")
+    ticks = [whole * (1 - ratio) for ratio in (0, *overview.RATIOS)]
+    axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":
