@@ -49,7 +49,8 @@ def result(**config):
         config["shrink"] = "once"
     key = {k: v for k, v in config.items() if k not in ("sparsity_attn", "sparsity_mlp", "out")}
     noise = random.Random(json.dumps(key, sort_keys=True))
-    ratio = float(config["target"].partition("=")[2] or 0.63)
+    asked = config["target"].partition("=")[2]
+    ratio = float(asked) if asked.startswith("0.") else 0.63
     before = {"attn": [64] * LAYERS, "mlp": [768] * LAYERS}
     kept = {
         kind: [max(1, round(n * min(1, (1 - ratio) * (0.7 + 0.1 * layer)))) for layer, n in enumerate(units)]

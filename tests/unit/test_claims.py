@@ -126,6 +126,39 @@ def test_pairs_whose_ratios_differ_are_not_compared():
     assert "3 pairs left out because their achieved ratios differ" in reason
 
 
+def test_a_verdict_says_how_many_pairs_were_left_out():
+    runs = sides([3.0, 3.2, 2.8, 3.1])
+    runs[-1].data["ratio"]["prunable"] = 0.7
+    word, reason = verdict(runs)
+    assert word == SUPPORTED
+    assert reason.endswith("n = 3; 1 pair left out because their achieved ratios differ)")
+
+
+def test_ratios_are_compared_in_what_the_target_is_about():
+    runs = sides([3.0, 3.2, 2.8], "macs=0.5")
+    for made in runs:
+        made.data["ratio"]["prunable"] = 0.6 if made.method == "mask" else 0.5
+    assert verdict(runs)[0] == SUPPORTED
+    for made in runs:
+        made.data["macs"] = {"before": 100, "after": 40 if made.method == "mask" else 50}
+    assert verdict(runs)[0] == UNTESTABLE
+
+
+def test_a_target_that_says_what_is_left_is_as_high_as_what_came_out():
+    runs = sides([3.0, 3.2, 2.8], "params=5M")
+    for made in runs:
+        made.data["ratio"] |= {"params": 0.1, "prunable": 0.1}
+    assert verdict(runs, Contrast(A, B, at_least=0.8))[0] == UNTESTABLE
+    assert verdict(runs, Contrast(A, B, at_least=0.1))[0] == SUPPORTED
+    upop = [run("upop", seed, 70.0, "params=5M") for seed in range(3)]
+    for made in upop:
+        made.data["ratio"]["params"] = 0.1
+    assert not claims.levels(results([*upop, *(control(seed, 70.0) for seed in range(3))]), "upop")
+    for made in upop:
+        made.data["ratio"]["params"] = 0.85
+    assert len(claims.levels(results([*upop, *(control(seed, 70.0) for seed in range(3))]), "upop")) == 1
+
+
 def test_every_ratio_means_every_ratio():
     runs = [*sides([-0.5, -0.6, -0.4], "prunable=0.5"), *sides([9.0, 9.1, 9.2], "prunable=0.9")]
     assert verdict(runs)[0] == SUPPORTED

@@ -97,6 +97,37 @@ def test_what_makes_a_variant_is_the_studys_base_where_it_says_so(tmp_path):
     assert [group.name for group in load_results(tmp_path).groups] == ["upop", "upop, schedule=sine"]
 
 
+def test_controls_of_other_lengths_are_others_and_not_repeats(tmp_path):
+    runs = {f"short-{n}": fake.continued(n) for n in range(3)}
+    runs |= {f"pruned-{n}": fake.result(seed=n) for n in range(3)}
+    for n in range(3):
+        runs[f"long-{n}"] = fake.continued(n)
+        runs[f"long-{n}"]["config"]["epochs_retrain"] = 17.0
+        # How it would have pruned makes no other control.
+        runs[f"long-{n}"]["config"] |= {"schedule": "linear", "structures": "dims,mlp", "normalise": "none"}
+    entries = {label: {"differences": {}, "state": "done", "error": None} for label in runs}
+    base = {"epochs_retrain": 8.0}
+    results = load_results(fake.write(tmp_path, runs, {"runs": entries, "dense": None, "base": base}))
+    assert {g.name for g in results.groups} == {"upop", "dense-continued", "dense-continued, epochs_retrain=17"}
+    assert not any("repeats" in note for note in results.notes)
+
+
+def test_what_upop_chose_by_itself_makes_no_variant(tmp_path):
+    given = {"compensate": "auto", "lr_mask": None, "epochs_search": 4.0}
+    runs = {}
+    for seed in range(3):
+        runs[f"search-{seed}"] = fake.result(seed=seed, compensate="none", lr_mask=2e-3)
+        runs[f"search-{seed}"]["given"] = given
+        for target in ("prunable=0.5", "prunable=0.8"):
+            once = fake.result(seed=seed, target=target, epochs_search=0.0, compensate="least-squares", lr_mask=1.0)
+            runs[f"once-{target}-{seed}"] = once | {"given": given | {"epochs_search": 0.0}}
+    entries = {label: {"differences": {}, "state": "done", "error": None} for label in runs}
+    base = {"epochs_search": 4.0}
+    results = load_results(fake.write(tmp_path, runs, {"runs": entries, "dense": None, "base": base}))
+    assert {group.name for group in results.groups} == {"upop", "upop, epochs_search=0"}
+    assert not any("lr_mask" in note or "compensate" in note for note in results.notes)
+
+
 def test_repeated_and_unlisted_results_are_left_out_aloud(tmp_path):
     runs = {"a": fake.result(), "b": fake.result(out="elsewhere"), "stray": fake.result(seed=7)}
     listed = {label: {"differences": {}, "state": "done", "error": None} for label in ("a", "b")}

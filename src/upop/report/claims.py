@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upop.report.paired import LEAST, LEVEL, Side, Stat, accuracy_at, compare, stat, t_test
-from upop.report.records import CONTINUED, Results, Run, removal
+from upop.report.records import CONTINUED, OPEN, Results, Run, share
 from upop.report.verdicts import (
     NOT_SUPPORTED,
     SUPPORTED,
@@ -48,7 +48,7 @@ def levels(results: Results, method: str, stage: str = "retrain") -> tuple[Level
     return tuple(
         Level(row.target, row.b, row.difference, row.difference.mean > COLLAPSE or row.b.mean <= chance + CHANCE)
         for row in comparison.rows
-        if removal(row.target)[1] >= HIGH and row.difference.n >= LEAST
+        if row.removed >= HIGH and row.difference.n >= LEAST
     )
 
 
@@ -103,7 +103,8 @@ def slim_drops(runs: Sequence[Run], method: str) -> list[float]:
     side = Side(method)
     found: dict[int, list[float]] = {}
     for run in runs:
-        if side.holds(run) and run.accuracy("slim") is not None and HIGH <= removal(run.target)[1] <= 1:
+        high = run.target not in ("", OPEN) and share(run.target, [run]) >= HIGH
+        if high and side.holds(run) and run.accuracy("slim") is not None:
             found.setdefault(run.seed, []).append(accuracy_at(run, "slim") - accuracy_at(run, "dense"))
     return [sum(values) / len(values) for _, values in sorted(found.items())]
 

@@ -34,6 +34,7 @@ def _faults(data: Mapping[str, Any], wanted: Iterator[tuple[str, str, Test]]) ->
 def _result(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Test]]:
     """(dotted key, what is expected there, a test of it), first for every result, then for pruned ones."""
     yield "config", "an object of settings", lambda value: _is_settings(value) and bool(value)
+    yield "given", "null or an object of settings", lambda value: value is None or _is_settings(value)
     for key in ("accuracy", "versions", "hardware"):
         yield key, "an object", lambda value: isinstance(value, dict) and bool(value)
     yield "command", "text", _is_text

@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from upop.report.records import CONTINUED, OPEN, Run, removal, show
+from upop.report.records import CONTINUED, OPEN, Run, removal, share, show
 
 LEAST = 3  # pairs without which nothing is judged
 SAME_RATIO = 0.02  # achieved ratios further apart than this are not "the same ratio"
@@ -56,6 +56,7 @@ class Row:
     """One target: both sides over the paired seeds, and their difference a - b in points."""
 
     target: str
+    removed: float  # share, in [0, 1], see `share`
     a: Stat
     b: Stat
     difference: Stat
@@ -108,13 +109,15 @@ def compare(runs: Iterable[Run], a: Side, b: Side, *, stage: str, at_least: floa
         - statistics.fmean(accuracy_at(y, stage) for y in right)
         for key, (left, right) in pairs.items()
     }
-    targets, seeds = rectangle([key for key in cells if removal(key[1])[1] >= at_least])
+    rows = _rows(pairs, stage)
+    high = {row.target for row in rows if row.removed >= at_least}
+    targets, seeds = rectangle([key for key in cells if key[1] in high])
     per_seed = [statistics.fmean(cells[seed, target] for target in targets) for seed in seeds]
     p, half_width = t_test(per_seed) if len(per_seed) >= LEAST else (None, None)
     overall = stat(per_seed) if per_seed else None
     same = [_same(x, y, stage) for left, right in pairs.values() for x in left for y in right]
     identical = len(same) if same and all(same) else None
-    return Comparison(_rows(pairs, stage), targets, seeds, overall, half_width, p, unequal, identical)
+    return Comparison(rows, targets, seeds, overall, half_width, p, unequal, identical)
 
 
 def rectangle(cells: Collection[tuple[int, str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -182,11 +185,15 @@ def _stage(run: Run, stage: str) -> str:
 
 
 def _equal_ratios(left: list[Run], right: list[Run]) -> bool:
-    if any(not run.target for run in (*left, *right)):
+    runs = (*left, *right)
+    if any(not run.target for run in runs):
         return True
-    kinds = {removal(run.target)[0] for run in (*left, *right) if run.target != OPEN}
-    kind = "params" if kinds == {"params"} else "prunable"
-    ratios = [float(run.data["ratio"][kind]) for run in (*left, *right)]
+    targets = {run.target for run in runs}
+    # Milliseconds are measured: no share of them says better than the target that two runs had the same.
+    if len(targets) == 1 and min(targets).startswith("latency="):
+        return True
+    kinds = {target.partition("=")[0] for target in targets - {OPEN}}
+    ratios = [run.removed(min(kinds) if len(kinds) == 1 else "prunable") for run in runs]
     return max(ratios) - min(ratios) <= SAME_RATIO
 
 
@@ -201,5 +208,6 @@ def _rows(pairs: Pairs, stage: str) -> tuple[Row, ...]:
         sides = [[statistics.fmean(accuracy_at(r, stage) for r in pair[n]) for pair in here] for n in (0, 1)]
         differences = [x - y for x, y in zip(*sides, strict=True)]
         p = t_test(differences)[0] if len(differences) > 1 else None
-        rows.append(Row(target, stat(sides[0]), stat(sides[1]), stat(differences), p))
+        removed = share(target, [run for pair in here for side in pair for run in side])
+        rows.append(Row(target, removed, stat(sides[0]), stat(sides[1]), stat(differences), p))
     return tuple(rows)

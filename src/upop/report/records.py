@@ -5,8 +5,9 @@ Must not judge or format anything, and must not need torch: a report is made whe
 
 import json
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,12 @@ APART = (
     *("method", "target", "seed", "out", "stages", "model"),
     *("device", "workers", "threads", "tracker", "compile", "attention", "latency_seconds", "checks"),
 )
+# Says nothing where nothing is pruned.
+OF_PRUNING = (
+    *("structures", "align", "shrink", "schedule", "interval", "normalise", "gradient_order", "compensate"),
+    *("binarise", "threshold", "max_drop", "tolerance", "lr_mask", "sparsity_attn", "sparsity_mlp"),
+    *("rank_batches", "rank_rounds", "latency_batch", "latency_runtime", "latency_dtype"),
+)
 NOT_APPLICABLE = (CONTINUED, DENSE)
 
 Variant = tuple[tuple[str, Any], ...]
@@ -59,6 +66,12 @@ class Run:
         return values
 
     @property
+    def given(self) -> Mapping[str, Any]:
+        """The settings as they were asked for: None or `auto` where upop chose; of older results, what it chose."""
+        values: Mapping[str, Any] = self.data.get("given") or self.config
+        return values
+
+    @property
     def seed(self) -> int:
         return int(self.config["seed"])
 
@@ -74,6 +87,12 @@ class Run:
             stage = next(name for name in ("retrain", "slim", "search", DENSE) if name in stages)
         found = stages.get(stage, {}).get(split)
         return None if found is None else 100 * found
+
+    def removed(self, kind: str) -> float:
+        """Share that is gone of all parameters (`params`) or MACs (`macs`), else of the prunable parameters."""
+        if kind == "macs":
+            return 1 - float(self.data["macs"]["after"]) / float(self.data["macs"]["before"])
+        return float(self.data["ratio"]["params" if kind == "params" else "prunable"])
 
     def kept(self, kind: str) -> tuple[float, ...]:
         """Surviving share of the units of a kind, per layer, in [0, 1]."""
@@ -154,6 +173,12 @@ def removal(target: str) -> tuple[str, float]:
         return kind, float(value)
     except ValueError:
         return f"~{target}", math.inf
+
+
+def share(target: str, runs: Iterable[Run]) -> float:
+    """What a target removes, in [0, 1]; where it says what is to be left, what `runs` of it removed on average."""
+    kind, number = target.partition("=")[0], removal(target)[1]
+    return number if number <= 1 else statistics.fmean(run.removed(kind) for run in runs if run.target)
 
 
 def method_order(method: str) -> tuple[int, str]:
@@ -241,10 +266,8 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
     notes: list[str] = []
     found: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        pairs = ((key, run.config.get(key), _standard(key, run.method, runs, base)) for key in keys)
-        # A setting without a meaning for a method is null there: that is no variant.
-        variant = tuple((k, v) for k, v, usual in pairs if v != usual and not (v is None and DEFAULTS.get(k)))
-        named = Run(run.label, run.data, () if run.method == CONTINUED else variant)
+        variant = tuple((key, run.config.get(key)) for key in keys if _departs(run, key, runs, base))
+        named = Run(run.label, run.data, variant)
         first = found.setdefault((named.method, named.target, named.variant, named.seed), named)
         if first is not named:
             notes.append(f"{run.label}: repeats the settings and seed of {first.label}, left out")
@@ -259,18 +282,31 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
     return tuple(found.values()), notes
 
 
-def _varies(runs: Iterable[Run], key: str) -> bool:
-    return len({json.dumps(run.config.get(key), sort_keys=True) for run in runs}) > 1
+def _varies(runs: Sequence[Run], key: str) -> bool:
+    """Whether runs differ in a setting, and not only in what upop made of the same one."""
+    kinds = ([run.config for run in runs], [run.given for run in runs])
+    return all(len({json.dumps(settings.get(key), sort_keys=True) for settings in kind}) > 1 for kind in kinds)
 
 
-def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any]) -> Any:
+def _departs(run: Run, key: str, runs: Sequence[Run], base: Mapping[str, Any]) -> bool:
+    """Whether a setting makes the run a variant of its method."""
+    if run.method == CONTINUED and key in OF_PRUNING:
+        return False
+    value = run.config.get(key)
+    # A setting without a meaning for a method is null there: that is no variant.
+    if value == _standard(key, run.method, runs, base) or (value is None and DEFAULTS.get(key)):
+        return False
+    return "given" not in run.data or run.given.get(key) != _standard(key, run.method, runs, base, given=True)
+
+
+def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any], *, given: bool = False) -> Any:
     """The value of a setting that makes no variant.
 
     That is the study's, else the default, else the commonest: over all methods for what `DEFAULTS` knows, else over
     the runs of `method`, because a method may bring its own (how its masks shrink, how long it searches).
     """
-    among = [run for run in runs if key in DEFAULTS or run.method == method]
-    values = Counter(json.dumps(run.config.get(key), sort_keys=True) for run in among)
+    among = [run.given if given else run.config for run in runs if key in DEFAULTS or run.method == method]
+    values = Counter(json.dumps(settings.get(key), sort_keys=True) for settings in among)
     for known in (base, DEFAULTS):
         if key in known and json.dumps(known[key], sort_keys=True) in values:
             return known[key]

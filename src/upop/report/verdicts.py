@@ -6,8 +6,8 @@ Pure functions; must not know which claims there are, read files or format pages
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from upop.report.paired import LEAST, LEVEL, Comparison, Row, Side, Stat, compare
-from upop.report.records import Results, removal
+from upop.report.paired import LEAST, LEVEL, Comparison, Side, Stat, compare
+from upop.report.records import Results
 
 SUPPORTED, NOT_SUPPORTED, UNTESTABLE = VERDICTS = ("supported", "not supported", "untestable here")
 STAGES = {"retrain": "retrained", "slim": "slimmed, not retrained"}
@@ -111,9 +111,11 @@ def judge(comparison: Comparison, contrast: Contrast) -> tuple[str, str]:
     if c.identical:
         return NOT_SUPPORTED, f"inert: accuracies and widths are exactly equal in all {c.identical} pairs"
     numbers = f"95 % interval {interval_text(c.overall, c.half_width)}, {p_text(c.p)}, n = {n}"
-    left_out = [row.target for row in c.rows if row.target not in c.targets and _removes(row, contrast.at_least)]
+    left_out = [row.target for row in c.rows if row.target not in c.targets and row.removed >= contrast.at_least]
     if left_out:
         numbers += f"; {', '.join(left_out)} not in the test: too few seeds have it"
+    if c.unequal:
+        numbers += f"; {_unequal(c)}"
     mean = f"{points_text(c.overall.mean)} points"
     if c.p >= LEVEL:
         numbers += f"; under {c.half_width:.2f} could not have been told"
@@ -126,19 +128,19 @@ def judge(comparison: Comparison, contrast: Contrast) -> tuple[str, str]:
     return SUPPORTED, f"{mean} ({numbers})"
 
 
-def _removes(row: Row, at_least: float) -> bool:
-    return removal(row.target)[1] >= at_least
-
-
 def _too_few(c: Comparison, contrast: Contrast) -> str:
     n = len(c.seeds)
     high = f" at ratios of {contrast.at_least:g} and more" if contrast.at_least else ""
     reason = f"n = {n} paired seeds{high}, {LEAST} needed"
     if c.unequal:
-        reason += f"; {c.unequal} pairs left out because their achieved ratios differ"
+        reason += f"; {_unequal(c)}"
     if c.identical:
         reason += f"; accuracies and widths are exactly equal in all {c.identical} pairs there are"
     return reason
+
+
+def _unequal(c: Comparison) -> str:
+    return f"{c.unequal} pair{'' if c.unequal == 1 else 's'} left out because their achieved ratios differ"
 
 
 def p_text(p: float) -> str:
