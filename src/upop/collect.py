@@ -19,15 +19,22 @@ def collect(source: Path, target: Path) -> int:
     """Copy every result below `source` to `target/<label>.json`, and study.json; returns how many results.
 
     Older result files there that no run in `source` stands behind are removed. Raises UpopError where `source` holds
-    no results, or broken ones.
+    no results, or broken ones, and where `target` holds other JSON files.
     """
     load_results(source)  # refuses what is broken before anything is copied
-    target.mkdir(parents=True, exist_ok=True)
     labels = {path.parent.name: path for path in source.glob("*/result.json")}
     if not labels:
         raise UpopError(f"{source}: expected run folders with a result.json each, found none; run the study first")
-    for old in target.glob("*.json"):
-        if old.stem not in labels and old.name != KEEP:
+    others = [path for path in sorted(target.glob("*.json")) if path.name != KEEP]
+    for path in others:
+        if not _is_result(path):
+            raise UpopError(
+                f"{path}: expected nothing but results here, got another JSON file; name a folder for them alone "
+                "with --out"
+            )
+    target.mkdir(parents=True, exist_ok=True)
+    for old in others:
+        if old.stem not in labels:
             old.unlink()
     for label, path in labels.items():
         text = json.dumps(read_json(path), separators=(",", ":"))
@@ -35,3 +42,11 @@ def collect(source: Path, target: Path) -> int:
     if (source / KEEP).is_file():
         shutil.copyfile(source / KEEP, target / KEEP)
     return len(labels)
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        found = read_json(path, finite=False)
+    except (OSError, ValueError, UpopError):
+        return False
+    return {"schema", "status", "config", "accuracy"} <= set(found)

@@ -1,0 +1,39 @@
+"""Promises of collecting: the same numbers in small files, old ones gone, and nothing else of the folder touched."""
+
+import json
+
+import fake_results as fake
+import pytest
+
+from upop.collect import collect
+from upop.errors import UpopError
+
+
+@pytest.fixture
+def source(tmp_path):
+    runs = {"a": fake.result(), "b": fake.result(seed=1)}
+    entries = {label: {"differences": {}, "state": "done", "error": None} for label in runs}
+    return fake.write(tmp_path / "runs", runs, {"runs": entries, "dense": None})
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_every_result_is_there_to_the_number_and_older_ones_are_gone(tmp_path, source):
+    target = tmp_path / "results"
+    assert collect(source, target) == 2
+    (target / "report.md").write_text("kept")
+    (source / "a").rename(source / "c")
+    assert collect(source, target) == 2
+    assert names(target) == {"b.json", "c.json", "study.json", "report.md"}
+    assert json.loads((target / "c.json").read_text()) == fake.result()
+
+
+def test_files_of_others_are_refused_and_left_alone(tmp_path, source):
+    target = tmp_path / "project"
+    target.mkdir()
+    (target / "package.json").write_text('{"name": "mine"}')
+    with pytest.raises(UpopError, match=r"package.json: expected nothing but results here, got another JSON file; "):
+        collect(source, target)
+    assert names(target) == {"package.json"}
