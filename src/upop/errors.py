@@ -27,6 +27,9 @@ class TrainingError(UpopError):
     """Training that cannot go on, such as a loss that is no longer finite."""
 
 
+STOPPED = 75  # exit code, EX_TEMPFAIL: come again, as clusters that take machines away want to hear it
+
+
 class StopError(UpopError):
     """A run was asked to stop, by a signal, and says how to go on."""
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from upop import checkpoint, processes
-from upop.config import PruneConfig, make_config
+from upop.config import PruneConfig, is_given, make_config
 from upop.errors import UpopError
 from upop.folder import RunFolder, is_main_process, own_command
 from upop.latency import LatencyTable
 from upop.lock import refuse_if_held
 from upop.observer import Nobody, Observer
 from upop.plan import Plan, cpu_threads, device_type, make_accelerator, make_plan
-from upop.reading import taking_over
+from upop.reading import read_json, taking_over
 from upop.session import CHECKPOINTS, Session
 from upop.stages import SCHEMA, Result, Stages
 
@@ -38,7 +38,8 @@ def prune(
 
     `command` is what the result says to type for the same run; the process's own command line unless given. With
     `go_on` a run of the same configuration, code and data that was stopped there is taken up where it was, to the
-    same result; where there is none, the run starts over whatever the folder holds of other runs.
+    same result; of one that is complete the result is returned; where there is none, the run starts over whatever the
+    folder holds of other runs.
 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
@@ -88,10 +89,30 @@ def _advice(folder: RunFolder) -> str:
 def _prune(config: PruneConfig, observer: Observer, command: str | None, go_on: bool) -> Result:
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
     plan = make_plan(config, latency=_table(state), observer=observer)
+    if go_on and (result := _complete(plan)) is not None:
+        log.info("%s: is complete", config.out)
+        return result
     if state is not None and (other := _differs(state, plan)):
         log.warning("%s: holds a run with another %s; starting over", config.out, other)
         state = None
     return _carry_out(plan, observer, command, state)
+
+
+def _complete(plan: Plan) -> Result | None:
+    """What the folder holds of this very run, where it is complete."""
+    folder = Path(plan.given.out)
+    try:
+        result: Result = read_json(folder / "result.json", finite=False)
+        found = {key: result.get(key) for key in ("schema", "status", "code", "start")}
+        data = result["data"]["fingerprint"]
+    except (OSError, UpopError, KeyError, TypeError):
+        return None
+    identity = plan.identity()
+    wanted = {"schema": SCHEMA, "status": "complete", "code": identity["code"], "start": identity["start"]}
+    if found != wanted or data != identity["data"] or not is_given(result.get("given"), plan.given):
+        return None
+    RunFolder(folder, main=is_main_process()).tidy()  # it may have been killed right after its last word
+    return result
 
 
 def _table(state: Mapping[str, Any] | None) -> LatencyTable | None:

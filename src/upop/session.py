@@ -6,6 +6,7 @@ Must not train, measure or decide; what comes after what is in `upop.stages`.
 import contextlib
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import nn
 
 from upop import checkpoint, processes
 from upop.config import STAGES
+from upop.errors import StopError
 from upop.folder import RunFolder
 from upop.models import save_image_processor
 from upop.observer import Observer
@@ -44,6 +46,7 @@ class Session:
     masked: dict[str, Any] = field(default_factory=dict)  # what was measured of the masked model
     notes: list[str] = field(default_factory=list)  # what a reader of the result must know
     seconds: dict[str, float] = field(default_factory=dict)
+    _began: dict[str, float] = field(default_factory=dict)  # when what is not over would have begun
     training: dict[str, dict[str, int]] = field(default_factory=dict)  # what is to be said of each stage's
     restored: Mapping[str, Any] | None = None  # the checkpoint to go on from, until its stage has begun
 
@@ -84,7 +87,7 @@ class Session:
             "searched": self.searched,
             "masked": self.masked,
             "notes": self.notes,
-            "seconds": self.seconds,
+            "seconds": self.spent(),
             "training": self.training,
             "latency": self.plan.latency and self.plan.latency.to_dict(),
             "trackers": self.tracking.state(),
@@ -113,6 +116,8 @@ class Session:
 
     def how_to_go_on(self) -> str:
         """What to type after a stop."""
+        if (self.folder.path / "result.json").exists():
+            return f"the run is complete, in {self.folder.path}"
         if not self.folder.holds_checkpoints:
             return f"no checkpoint is kept of it; {self.last_good()}"
         return f"go on with --resume {self.folder.path}"
@@ -153,7 +158,20 @@ class Session:
         self.folder.write_folder(name, fill)
 
     @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        began = time.monotonic() - self.seconds.get(stage, 0.0)
+    def timed(self, what: str) -> Iterator[None]:
+        """Count what is done meanwhile as seconds of `what`, on top of those of processes before this one."""
+        self._began[what] = time.monotonic() - self.seconds.get(what, 0.0)
         yield
-        self.seconds[stage] = time.monotonic() - began
+        self.seconds = self.spent()
+        del self._began[what]
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by now, those of what is not over among them."""
+        return self.seconds | {what: time.monotonic() - began for what, began in self._began.items()}
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raise StopError where a signal has asked for an end, in this process or another."""
+        (asked,) = processes.highest(self.keeper.asked)
+        if asked:
+            processes.wait()  # none must end, and take the others with it, before all is written
+            raise StopError(f"{where} stopped by {signal.Signals(asked).name}; {self.how_to_go_on()}")

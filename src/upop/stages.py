@@ -8,8 +8,6 @@ import functools
 import json
 import logging
 import math
-import signal
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,7 @@ from upop.card import CARD, find_parent, model_card
 from upop.config import STAGES
 from upop.cutting import compensated, decided, one_shot
 from upop.data import Batches
-from upop.errors import StopError, TrainingError, UpopError
+from upop.errors import TrainingError, UpopError
 from upop.evaluation import evaluate
 from upop.folder import provenance, spare, weights_hash
 from upop.hook import SearchHook
@@ -60,16 +58,21 @@ class Stages:
 
     def all(self) -> Result:
         """Train, measure and write; result.json comes last: a folder that has one is a run that is complete."""
-        began = time.monotonic() - self.run.seconds.get("all", 0.0)
-        models = self.train()
-        final = list(models.values())[-1]
-        if not self.run.passed("retrain"):
-            self.run.save(final, "model")
-            self.run.keep("evaluate")
-        result = self.measure(models, final)
-        processes.wait()
-        self.run.seconds["all"] = time.monotonic() - began
+        with self.run.timed("all"):
+            models = self.train()
+            final = list(models.values())[-1]
+            if not self.run.passed("retrain"):
+                self.run.save(final, "model")
+                self.run.keep("evaluate")
+            result = self.measure(models, final)
+            processes.wait()
         result |= {"seconds": {k: round(v, 3) for k, v in self.run.seconds.items()}}
+        self.write(result)
+        self.run.stop_if_asked("evaluate:")
+        return result
+
+    def write(self, result: Result) -> None:
+        """Leave pictures, card and the result itself, which then names what could not be written of the others."""
         for name, draw in PICTURES.items():
             if self.run.folder.main:
                 with spare(self.run.folder.path / name, result["warnings"]):
@@ -85,7 +88,6 @@ class Stages:
             where = self.run.folder.path / "model"
             raise UpopError(f"{error}; the model itself is whole, in {where}; {self.run.how_to_go_on()}") from error
         self.run.folder.tidy()
-        return result
 
     def track(self, result: Result) -> None:
         """Tell the trackers what came out; what they then fail at is the last that the result can say of them."""
@@ -106,7 +108,7 @@ class Stages:
             about = "fine-tune the dense model" if plan.loaded.trained else "train the dense model from scratch"
             self.fit("dense", about, model, epochs=c.epochs_dense, lr=c.lr)
             self.run.save(model, "dense")
-            self.run.keep("search" if c.has("search") else "evaluate")
+            self.run.keep("search")
         models = {"dense": model}
         if c.has("search") and self.run.passed("search"):
             models["slim"] = self.run.stored("slim")
@@ -114,7 +116,7 @@ class Stages:
             models["dense"] = copy.deepcopy(model)
             models["slim"] = self.one_shot(model) if c.one_shot else self.search(model, teacher=models["dense"])
             self.run.save(models["slim"], "slim")
-            self.run.keep("retrain" if c.has("retrain") else "evaluate")
+            self.run.keep("retrain")
         if c.has("retrain") and self.run.passed("retrain"):
             models["retrain"] = self.run.stored("model")
         elif c.has("retrain"):
@@ -265,9 +267,7 @@ class Stages:
                 if not all(bool(value.isfinite().all()) for value in weights.values()):
                     raise TrainingError("weights are no longer finite; lower the learning rate or train in float32")
                 self.run.keep(stage, fit=state(), model=weights, **more())
-            if asked:
-                processes.wait()  # none must end, and take the others with it, before it is written
-                raise StopError(f"{stage}: stopped by {signal.Signals(asked).name}; {self.run.how_to_go_on()}")
+            self.run.stop_if_asked(f"{stage}:")
 
         begun = self.run.begun(stage)
         if begun is not None:
@@ -308,6 +308,7 @@ class Stages:
         """Everything that result.json says but the seconds."""
         plan = self.run.plan
         self.run.observer.stage("evaluate", "all models on validation and test, in float32; latency")
+        self.run.stop_if_asked("evaluate:")
         with self.run.timed("evaluate"):
             scores = measure_scores(plan, self.run.accelerator, models, masked=self.run.masked)
         with self.run.timed("latency"):

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from upop import checkpoint, losses, stages, train
+from upop import checkpoint, losses, session, stages, train
 from upop.config import make_config
 from upop.errors import StopError, UpopError
+from upop.folder import weights_hash
 from upop.run import prune, resume
+from upop.session import Session
 
 OPTIONS = {
     "model": "deit-digits",
@@ -140,6 +142,88 @@ def test_a_damaged_checkpoint_is_passed_by(whole, tmp_path):
     newest.write_bytes(data)
     resume(out)
     assert numbers(out) == whole
+
+
+class Signals:
+    """Asks the run to stop when it begins to measure."""
+
+    def stage(self, name, about):
+        if name == "evaluate":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def progress(self, progress): ...
+
+    def epoch(self, number, accuracy): ...
+
+
+def test_a_signal_while_measuring_stops_the_run_too(whole, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(StopError, match=rf"evaluate: stopped by SIGTERM; go on with --resume {out}"):
+        prune(make_config({**OPTIONS, "out": str(out)}), observer=Signals())
+    resume(out)
+    assert numbers(out) == whole
+
+
+def test_a_signal_at_the_very_end_is_heard_once_the_run_is_complete(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    measured = stages.measure_promise
+    monkeypatch.setattr(stages, "measure_promise", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or measured(*a))
+    with pytest.raises(StopError, match=rf"stopped by SIGTERM; the run is complete, in {out}"):
+        prune(make_config({**OPTIONS, "stages": "dense", "epochs_dense": 0.1, "out": str(out)}))
+    assert json.loads((out / "result.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize("stages", ["dense", "dense,search"])
+def test_a_run_broken_off_while_its_model_is_written_still_leaves_one(tmp_path, monkeypatch, stages):
+    out = tmp_path / "run"
+    save = Session.save
+
+    def breaks(self, model, name):
+        if name == "model":
+            raise MemoryError("gone")
+        save(self, model, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save", breaks)
+        with pytest.raises(MemoryError):
+            prune(make_config({**OPTIONS, "stages": stages, "out": str(out)}))
+    resumed = resume(out)
+    assert resumed["weights"] == weights_hash(out / "model") is not None
+
+
+def test_seconds_are_those_of_all_processes_that_a_run_took(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def now():
+        clock[0] += 1e-6
+        return clock[0]
+
+    class Ticks(Breaks):
+        def progress(self, progress):
+            clock[0] += 1.0
+            super().progress(progress)
+
+    monkeypatch.setattr(session.time, "monotonic", now)
+
+    out = tmp_path / "run"
+    config = make_config({**OPTIONS, "stages": "dense", "epochs_dense": 1, "out": str(out)})
+    with pytest.raises(MemoryError):
+        prune(config, observer=Ticks("dense", 5))
+    clock[0] = 1e6
+    seconds = resume(out, observer=Ticks("", 0))["seconds"]
+    # The step that was broken off is done, and counted, once.
+    assert (round(seconds["dense"], 1), round(seconds["all"], 1)) == (8.0, 8.0)
+
+
+def test_go_on_with_a_complete_run_gives_its_result_and_touches_nothing(tmp_path):
+    out = tmp_path / "run"
+    config = make_config({**OPTIONS, "stages": "dense", "epochs_dense": 0.1, "out": str(out)})
+    first = prune(config, go_on=True)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert prune(config, go_on=True) == json.loads((out / "result.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    again = prune(config.model_copy(update={"seed": 1}), go_on=True)
+    assert again["accuracy"] != first["accuracy"], "another run starts over"
 
 
 def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):

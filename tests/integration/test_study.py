@@ -200,19 +200,21 @@ def test_workers_give_the_results_of_one_process(done, tmp_path, executor):
     assert numbers(out) == numbers(done)
 
 
-def test_a_study_that_is_asked_to_stop_ends_after_its_runs_which_keep_a_checkpoint(tmp_path):
+@pytest.mark.parametrize(("executor", "code"), [("processes", 130), ("local", 75)])
+def test_a_study_that_is_asked_to_stop_ends_after_its_runs_which_keep_a_checkpoint(tmp_path, executor, code):
     path, out = tmp_path / "mine.toml", tmp_path / "out"
     path.write_text(TEXT.replace("epochs_dense = 2", "epochs_dense = 2000"))
-    command = [sys.executable, "-m", "upop", "study", str(path), "--out", str(out), "--executor", "processes"]
+    command = [sys.executable, "-m", "upop", "study", str(path), "--out", str(out), "--executor", executor]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while not (out / "dense/last-good").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) == 130
+        assert process.wait(60) == code
     finally:
         process.kill()
+    assert not (out / "failed").exists()
     # Nobody writes any more, and the run can be taken up.
     assert list((out / "dense/checkpoints").glob("0*"))
     with FileLock(out / "dense.lock", timeout=0):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from upop import executors
-from upop.errors import UpopError
+from upop.errors import StopError, UpopError
 from upop.executors import Job, Outcome, make_executor
 from upop.executors.jobs import guard_command, guard_request
 
@@ -37,6 +37,13 @@ SURVIVES = f"""
 import pathlib, time
 pathlib.Path(f'began-{{os.getpid()}}').touch()
 time.sleep(1.5)
+{WRITES}
+"""
+STOPPED_ONCE = f"""
+import pathlib, sys
+if not pathlib.Path('tried').exists():
+    pathlib.Path('tried').touch()
+    sys.exit(75)
 {WRITES}
 """
 KILLED = "import os; open('tried', 'a').write('x'); os.kill(os.getpid(), 9)"
@@ -267,6 +274,28 @@ def test_slurm_is_asked_for_what_was_wished(make_job, tmp_path, monkeypatch):
     assert all(f"#SBATCH --{wish}\n" in asked for wish in wishes)
 
 
+def test_a_run_that_was_stopped_from_outside_is_taken_up_again(make_job):
+    job = make_job("stopped", STOPPED_ONCE)
+    assert list(make_executor("processes").run([job], lambda label: None)) == [Outcome("stopped")]
+    assert (job.folder / "made").read_text() == "once\n"
+
+
+def test_a_guard_that_is_to_end_gives_no_answer(make_job):
+    stops = "import pathlib, signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
+    job = make_job("stops", f"{stops} pathlib.Path('began').touch(); time.sleep(60)")
+    # `main` forks: the guard proper is the child, in a session of its own as an executor has it.
+    guard = subprocess.Popen(
+        guard_command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    guard.stdin.write(guard_request(job))
+    guard.stdin.flush()
+    assert soon((job.folder / "began").exists)
+    (command,) = processes_of(job.folder)
+    os.kill(ancestors(command)[0], signal.SIGTERM)
+    assert guard.stdout.read() == ""
+    guard.communicate()
+
+
 def test_two_guards_never_run_in_one_folder_at_the_same_time(make_job):
     job = make_job("one", "import time; open('log', 'a').write('<'); time.sleep(0.5); open('log', 'a').write('>')")
     guards = [
@@ -305,15 +334,16 @@ def test_in_this_process_a_bug_is_an_outcome_and_an_interrupt_is_not(tmp_path):
     def bug():
         return {}["patch"]
 
-    def interrupt():
-        raise KeyboardInterrupt
+    for error in (KeyboardInterrupt, StopError("dense: stopped by SIGTERM")):
 
-    outcomes = make_executor().run(
-        [Job("bug", (), tmp_path, call=bug), Job("interrupt", (), tmp_path, call=interrupt)], lambda label: None
-    )
-    assert next(outcomes) == Outcome("bug", "KeyError: 'patch'")
-    with pytest.raises(KeyboardInterrupt):
-        next(outcomes)
+        def interrupt(error=error):
+            raise error
+
+        jobs = [Job("bug", (), tmp_path, call=bug), Job("interrupt", (), tmp_path, call=interrupt)]
+        outcomes = make_executor().run(jobs, lambda label: None)
+        assert next(outcomes) == Outcome("bug", "KeyError: 'patch'")
+        with pytest.raises((KeyboardInterrupt, StopError)):
+            next(outcomes)
 
 
 @pytest.mark.parametrize(

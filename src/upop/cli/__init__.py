@@ -17,10 +17,9 @@ from upop.allocator import keep_freed_memory
 from upop.cli import bench, export, push, studies, view
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import PruneConfig, load_config, make_config, parse_align
-from upop.errors import StopError, UpopError
+from upop.errors import STOPPED, StopError, UpopError
 
 DEMO_FOLDER = Path("runs/demo")
-STOPPED = 75  # EX_TEMPFAIL: come again, as clusters that take machines away want to hear it
 
 app = typer.Typer(
     help="Make a Vision Transformer physically smaller and really faster, by UPop.",

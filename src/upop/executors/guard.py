@@ -32,7 +32,7 @@ class Command:
 
     def __init__(self) -> None:
         self._group: int | None = None
-        self._gate = threading.Lock()  # held for good once everything is to end: nothing starts any more
+        self._gate = threading.Lock()  # held for good once everything is to end: nothing starts or answers any more
 
     def run(self, request: dict[str, Any]) -> tuple[int, str]:
         """Exit code (negative: the signal) and what the command said last on stderr."""
@@ -58,6 +58,13 @@ class Command:
             _signal_group(process.pid, signal.SIGKILL)  # what it left behind
             reader.join(GRACE_S)
             return code, _last_line(said)
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        """Tell whoever asked, and end this process; never where it was to end: that answer would be of the ending."""
+        with self._gate:
+            os.write(1, json.dumps(answer).encode())
+            # The watching thread sits in a read of stdin, which an orderly end of the interpreter would trip over.
+            os._exit(0)
 
     def end(self) -> None:
         """End the command, and this process with it."""
@@ -99,9 +106,7 @@ def main() -> None:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             answer = {"code": 127, "line": f"{where}{error.strerror} on {socket.gethostname()}", "attempts": 1}
-    os.write(1, json.dumps(answer).encode())
-    # The watching thread sits in a read of stdin, which an orderly end of the interpreter would trip over.
-    os._exit(0)
+    command.answer(answer)
 
 
 def _die_with_parent() -> None:

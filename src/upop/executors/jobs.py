@@ -16,6 +16,7 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from upop.errors import STOPPED
 from upop.executors import guard
 
 MORE_TIMES = 2  # that a lost worker's job is taken up again
@@ -87,7 +88,7 @@ def guard_request(job: Job, *, device: str | None = None) -> str:
 
 
 def read_answer(job: Job, answer: str) -> Outcome | None:
-    """The outcome in a guard's answer; None when the guard was killed before it could answer."""
+    """The outcome in a guard's answer; None when it was killed before it could answer, or its run asked to stop."""
     try:
         found = json.loads(answer)
     except json.JSONDecodeError:
@@ -96,6 +97,8 @@ def read_answer(job: Job, answer: str) -> Outcome | None:
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return Outcome(job.label, f"killed by {name}, {found['attempts']} times; see {job.log}", lost=True)
+    if code == STOPPED:
+        return None
     if code > 0:
         return Outcome(job.label, line or f"exit code {code}; see {job.log}")
     return Outcome(job.label)

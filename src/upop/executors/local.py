@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import IO
 
-from upop.errors import UpopError
+from upop.errors import StopError, UpopError
 from upop.executors.jobs import MORE_TIMES, Job, Outcome, guard_command, guard_request, read_answer
 
 END_S = 45.0  # a guard gives its command two times GRACE_S; after this, the guard itself is ended
@@ -37,6 +37,8 @@ class LocalExecutor:
             started(job.label)
             try:
                 job.call()
+            except StopError:  # this process is asked to end, and with it whoever started the run
+                raise
             except UpopError as error:
                 yield Outcome(job.label, _one_line(str(error)))
             # A bug in one run must not cost the others; it is named as what it is.
