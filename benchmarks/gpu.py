@@ -36,7 +36,7 @@ class Step:
     def words(self, args: argparse.Namespace) -> list[str]:
         """The command as this interpreter runs it."""
         places = {"data": args.data, "runs": args.runs, "out": args.out, "device": args.device}
-        places["common"] = "--data {data} --device {device} --go-on".format(**places)
+        places["common"] = "--data {data} --device {device} --overwrite --go-on".format(**places)
         program, *rest = shlex.split(self.command.format(**places))
         first = {"upop": [sys.executable, "-m", "upop"], "python": [sys.executable]}
         return [*first[program], *rest]

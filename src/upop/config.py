@@ -253,10 +253,10 @@ class PruneConfig(BaseModel):
                     f"{self.method!r}"
                 )
             if self.open_ended:
-                raise ValueError("target: a one-shot ranking (epochs_search = 0) needs one, open needs a search")
+                raise ValueError("target: open needs a search, got a one-shot ranking; use epochs_search = 1")
             for name in ("max_drop", "tolerance"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: needs a search, got a one-shot ranking (epochs_search = 0)")
+                    raise ValueError(f"{name}: needs a search, got a one-shot ranking; use epochs_search = 1")
         return self
 
     @model_validator(mode="after")

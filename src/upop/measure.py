@@ -76,7 +76,7 @@ def measure_scores(
         accuracy = _after_dense(accuracy, {"validation": masked["accuracy"]})
         loss = _after_dense(loss, {"validation": masked["loss"]})
     return {
-        "warnings": [*plan.loaded.notes, *_warnings(accuracy, data.validation.labels)],
+        "warnings": [*plan.loaded.notes, *chance_warnings(accuracy, data.validation.labels)],
         "accuracy": accuracy,
         "loss": loss,
     }
@@ -161,26 +161,36 @@ def sizes(dense: nn.Module, final: nn.Module) -> dict[str, Any]:
     }
 
 
-def _warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor) -> list[str]:
+def chance_warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor) -> list[str]:
     """What a reader of the numbers must know first: models that do no better than guessing the largest class."""
     chance = float(labels.bincount().max() / len(labels))
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
-    return [
-        f"{stage}: validation accuracy {found['validation']:.3f} is at chance ({chance:.3f}); "
-        + ("the dense model is not trained" if stage == "dense" else "the model has collapsed: prune less or longer")
-        for stage, found in accuracy.items()
-        if found["validation"] < limit
-    ]
+    low = {stage: found["validation"] for stage, found in accuracy.items() if found["validation"] < limit}
+    # What comes after a dense model that knows nothing cannot be judged.
+    said = {"dense": low["dense"]} if "dense" in low else low
+    lines = []
+    for stage, value in said.items():
+        at_chance = f"{stage}: validation accuracy {value:.3f} is at chance ({chance:.3f}); "
+        if stage == "dense":
+            lines.append(at_chance + "the dense model is not trained, or not for these classes in this order")
+        elif value > 1.2 * chance:
+            lines.append(
+                f"{stage}: validation accuracy {value:.3f} cannot be told from guessing ({chance:.3f}) with "
+                f"{len(labels)} images; hold out more"
+            )
+        else:
+            lines.append(at_chance + "the model has collapsed: remove less, or retrain for longer")
+    return lines
 
 
-def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int]:
-    """Score of `config.model` on a split of `config.data`, its parameters and its MACs per image.
+def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int, tuple[str, ...]]:
+    """Score of `config.model` on a split of `config.data`, parameters, MACs per image, and what was assumed of it.
 
     Raises UpopError where the model's head does not fit the data, or the data has no such split.
     """
     loaded = load_model(config.model)
     data = read_data(config, loaded.image_size)
-    fit_head_(loaded.model, data.classes, name=config.model, replace=False)
+    notes = loaded.notes + fit_head_(loaded.model, data.classes, name=config.model, replace=False)
     images = {"validation": data.validation, "test": data.test}[split]
     if images is None:
         raise UpopError(f"{config.data}: has no {split} split; use --split validation")
@@ -190,4 +200,4 @@ def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int]:
     set_attention(model, config.attention)
     batches = make_batches(images, config, loaded, accelerator, classes=len(data.classes))
     score = evaluate({"model": model}, batches, accelerator=accelerator)["model"]
-    return score, count_params(model), count_macs(model)
+    return score, count_params(model), count_macs(model), notes

@@ -119,26 +119,31 @@ def _build(shape: Shape) -> nn.Module:
     return model
 
 
-def fit_head_(model: nn.Module, classes: tuple[str, ...], *, name: str, replace: bool, seed: int = 0) -> None:
+def fit_head_(
+    model: nn.Module, classes: tuple[str, ...], *, name: str, replace: bool, seed: int = 0
+) -> tuple[str, ...]:
     """Give `model` the data's class names and, where its number of labels differs, a fresh head. In place.
 
-    A head with the same names in another order is brought into the data's order.
+    A head with the same names (but for case, `_`, `-` and spaces) in another order is brought into the data's order.
+    Returns what a reader must know of a head that is kept: names of its own, which nothing says mean the data's.
     Raises ModelError where the head does not fit and may not be replaced.
     """
     stock: Any = model
     heads = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)]
-    own = [stock.config.id2label.get(index) for index in range(int(stock.config.num_labels))]
-    if own != list(classes) and set(own) == set(classes):
-        order = torch.tensor([own.index(label) for label in classes])
+    labels = [str(stock.config.id2label.get(index)) for index in range(int(stock.config.num_labels))]
+    own, wanted = [_plain(label) for label in labels], [_plain(label) for label in classes]
+    same = sorted(own) == sorted(wanted) and len(set(own)) == len(own)
+    if same and own != wanted:
+        order = torch.tensor([own.index(label) for label in wanted])
         for parameter in (p for head in heads for p in getattr(model, head).parameters()):
             parameter.data = parameter.data[order]
-    labels = int(stock.config.num_labels)
-    if labels != len(classes) and not replace:
+    if len(labels) != len(classes) and not replace:
         raise ModelError(
-            f"{name}: its head has {labels} labels, the data {len(classes)} classes ({', '.join(classes[:3])}, ...); "
-            "use the data it was trained for, or fine-tune first (stage dense), which replaces the head"
+            f"{name}: its head has {len(labels)} labels, the data {len(classes)} classes "
+            f"({', '.join(classes[:3])}, ...); use the data it was trained for, or "
+            "fine-tune first (stage dense), which replaces the head"
         )
-    if labels != len(classes):
+    if len(labels) != len(classes):
         generator = torch.Generator().manual_seed(seed)
         for head in heads:
             new = nn.Linear(getattr(model, head).in_features, len(classes))
@@ -148,6 +153,16 @@ def fit_head_(model: nn.Module, classes: tuple[str, ...], *, name: str, replace:
     stock.config.id2label = dict(enumerate(classes))
     stock.config.label2id = {label: index for index, label in enumerate(classes)}
     stock.num_labels = len(classes)
+    if same or replace:
+        return ()
+    return (
+        f"{name}: its classes are called {', '.join(labels[:3])}, ..., the data's {', '.join(classes[:3])}, ...: "
+        "taken to be the same ones in that order; where they are not, name the folders as the model names its classes",
+    )
+
+
+def _plain(label: str) -> str:
+    return " ".join(label.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _image_settings(

@@ -4,6 +4,7 @@ Must not train, and must not write anything.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +114,8 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
         )
     data = read_data(config, loaded.image_size)
     replace = config.has("dense") or not loaded.trained
-    fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
+    notes = fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
+    loaded = dataclasses.replace(loaded, notes=loaded.notes + notes)
     align = _alignment(config, loaded.model, kinds, device)
     pruned = target is not None and config.has("search") and METHODS[config.method].score != "none"
     if target is not None and target.unit == "latency" and pruned and latency is None:

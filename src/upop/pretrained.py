@@ -139,7 +139,7 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
     if timmfolder.KEY in values:
         if not towers:
             raise ModelError(
-                f"{source}: a slimmed model of timm; expected one of Hugging Face, open it with upop.from_pretrained "
+                f"{source}: a model of timm; expected one of Hugging Face, open it with upop.from_pretrained "
                 "in a program of your own"
             )
         model = timmfolder.load(folder, values, promise)

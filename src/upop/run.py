@@ -38,8 +38,8 @@ def prune(
 
     `command` is what the result says to type for the same run; the process's own command line unless given. With
     `go_on` a run of the same configuration, code and data that was stopped there is taken up where it was, to the
-    same result; of one that is complete the result is returned; where there is none, the run starts over whatever the
-    folder holds of other runs.
+    same result, and of one that is complete the result is returned; another run that was stopped there is started
+    over, one that is complete only with `overwrite` as well.
 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
@@ -50,7 +50,7 @@ def prune(
         sources = (config.model, config.data)
         processes.by_first(lambda: folder.check(overwrite=overwrite or go_on, sources=sources))
         with cpu_threads(config.threads):
-            return _prune(config, observer or Nobody(), command, go_on)
+            return _prune(config, observer or Nobody(), command, go_on=go_on, overwrite=overwrite)
 
 
 def resume(folder: Path, *, observer: Observer | None = None) -> Result:
@@ -58,6 +58,8 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
 
     Raises UpopError where there is none, or where it cannot go on: other code, other data, another start.
     """
+    if not folder.is_dir():
+        raise UpopError(f"--resume {folder}: expected the folder of a run, got none; check the path")
     if (folder / "result.json").exists():
         refuse_if_held(folder)
         RunFolder(folder, main=is_main_process()).tidy()  # it may have been killed right after its last word
@@ -86,33 +88,45 @@ def _advice(folder: RunFolder) -> str:
     return "see what the others say; then start again"
 
 
-def _prune(config: PruneConfig, observer: Observer, command: str | None, go_on: bool) -> Result:
+def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_on: bool, overwrite: bool) -> Result:
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
     plan = make_plan(config, latency=_table(state), observer=observer)
-    if go_on and (result := _complete(plan)) is not None:
-        log.info("%s: is complete", config.out)
-        return result
+    if go_on and (result := _result(Path(config.out))) is not None:
+        if (other := _other(result, plan)) is None:
+            observer.stage("complete", f"{config.out} holds this very run, done before")
+            # It may have been killed right after its last word.
+            RunFolder(Path(config.out), main=is_main_process()).tidy()
+            return result
+        if not overwrite:
+            raise UpopError(
+                f"out {config.out}: holds a complete run with another {other}; choose another folder, or add "
+                "--overwrite"
+            )
     if state is not None and (other := _differs(state, plan)):
         log.warning("%s: holds a run with another %s; starting over", config.out, other)
         state = None
     return _carry_out(plan, observer, command, state)
 
 
-def _complete(plan: Plan) -> Result | None:
-    """What the folder holds of this very run, where it is complete."""
-    folder = Path(plan.given.out)
+def _result(folder: Path) -> Result | None:
+    """The result of a complete run in a folder, if there is one."""
     try:
-        result: Result = read_json(folder / "result.json", finite=False)
-        found = {key: result.get(key) for key in ("schema", "status", "code", "start")}
-        data = result["data"]["fingerprint"]
-    except (OSError, UpopError, KeyError, TypeError):
+        found: Result = read_json(folder / "result.json", finite=False)
+    except (OSError, UpopError):
         return None
-    identity = plan.identity()
-    wanted = {"schema": SCHEMA, "status": "complete", "code": identity["code"], "start": identity["start"]}
-    if found != wanted or data != identity["data"] or not is_given(result.get("given"), plan.given):
-        return None
-    RunFolder(folder, main=is_main_process()).tidy()  # it may have been killed right after its last word
-    return result
+    return found if found.get("status") == "complete" else None
+
+
+def _other(result: Result, plan: Plan) -> str | None:
+    """What makes a result that of another run, or None."""
+    identity, data = plan.identity(), result.get("data")
+    same = {
+        "configuration": is_given(result.get("given"), plan.given),
+        "data": isinstance(data, dict) and data.get("fingerprint") == identity["data"],
+        "start": result.get("start") == identity["start"],
+        "code": (result.get("schema"), result.get("code")) == (SCHEMA, identity["code"]),
+    }
+    return next((key for key, right in same.items() if not right), None)
 
 
 def _table(state: Mapping[str, Any] | None) -> LatencyTable | None:

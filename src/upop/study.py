@@ -224,11 +224,11 @@ def _job(run: StudyRun, standing: Standing, observer: Observer | None) -> Job:
     arguments = shlex.split(command)[1:]
 
     def call() -> None:
-        prune(run.config, go_on=True, observer=observer, command=command)
+        prune(run.config, go_on=True, overwrite=True, observer=observer, command=command)
 
     return Job(
         label=run.label,
-        command=(sys.executable, "-m", "upop.cli", *arguments, "--go-on"),
+        command=(sys.executable, "-m", "upop.cli", *arguments, "--overwrite", "--go-on"),
         folder=standing.folder(run),
         threads=run.config.threads,
         call=call,

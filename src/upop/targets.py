@@ -208,7 +208,9 @@ def amount(value: float, currency: str) -> str:
     """A cost for people: `5,717,416 parameters`, `1.258 GMACs`, `12.3 ms`."""
     if currency == "params":
         return f"{value:,.0f} parameters"
-    return f"{value / 1e9:,.3f} GMACs" if currency == "macs" else f"{value:.3g} ms"
+    if currency == "macs":
+        return f"{value / 1e9:,.3f} GMACs" if value >= 1e8 else f"{value / 1e6:.3g} MMACs"
+    return f"{value:.3g} ms"
 
 
 def _absolute(unit: str, text: str) -> float | None:

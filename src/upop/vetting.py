@@ -51,7 +51,10 @@ def vet(folder: Path) -> Promise:
     """
     try:
         if not (folder / "config.json").exists():
-            raise ModelError(f"{folder}: expected a model folder with config.json and {WEIGHTS}, found no config.json")
+            hint = f"; did you mean {folder / 'model'}?" if (folder / "model/config.json").exists() else ""
+            raise ModelError(
+                f"{folder}: expected a model folder with config.json and {WEIGHTS}, found no config.json{hint}"
+            )
         config = read_json(folder / "config.json", most=MOST_CONFIG)
         shapes = [shape for file in _files(folder) for shape in _shapes(file)]
     except ModelError:

@@ -85,7 +85,7 @@ def test_the_model_folder_loads_everywhere_and_scores_what_the_result_says(run):
         assert torch.equal(ours(pixel_values=x).logits, theirs(pixel_values=x).logits)
     from upop.measure import evaluate_model
 
-    score, params, macs = evaluate_model(make_config({"model": str(folder / "model"), "data": "digits"}), "test")
+    score, params, macs, _ = evaluate_model(make_config({"model": str(folder / "model"), "data": "digits"}), "test")
     assert score.accuracy == pytest.approx(result["accuracy"]["retrain"]["test"])
     assert (params, macs) == (result["params"]["after"], result["macs"]["after"])
 

@@ -222,14 +222,21 @@ def test_go_on_with_a_complete_run_gives_its_result_and_touches_nothing(tmp_path
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert prune(config, go_on=True) == json.loads((out / "result.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    again = prune(config.model_copy(update={"seed": 1}), go_on=True)
-    assert again["accuracy"] != first["accuracy"], "another run starts over"
+    other = config.model_copy(update={"seed": 1})
+    with pytest.raises(UpopError, match="holds a complete run with another configuration; choose another"):
+        prune(other, go_on=True)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert prune(other, go_on=True, overwrite=True)["accuracy"] != first["accuracy"]
 
 
 def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):
     out = tmp_path / "run"
+    with pytest.raises(UpopError, match="expected the folder of a run, got none; check the path"):
+        resume(out)
+    out.mkdir()
     with pytest.raises(UpopError, match="holds no whole checkpoint; start the run again"):
         resume(out)
+    out.rmdir()
     config = make_config({**OPTIONS, "out": str(out)})
     with pytest.raises(MemoryError):
         prune(config, observer=Breaks("dense", 3))

@@ -51,6 +51,24 @@ def test_the_same_classes_in_another_order_give_the_same_answers_by_name(make_mo
     assert model.config.label2id == {"ant": 0, "cat": 1, "dog": 2}
 
 
+def test_names_that_differ_in_case_and_dashes_are_the_same_names(make_model):
+    model = make_model(labels=3)
+    model.config.id2label = {0: "Dog", 1: "Golden_retriever", 2: "ant"}
+    weight = model.classifier.weight.detach().clone()
+    assert fit_head_(model, ("ant", "dog", "golden retriever"), name="mine", replace=False) == ()
+    assert torch.equal(model.classifier.weight, weight[[2, 0, 1]])
+    assert model.config.id2label == {0: "ant", 1: "dog", 2: "golden retriever"}
+
+
+def test_a_head_that_is_kept_with_names_of_its_own_is_said_aloud(make_model):
+    (note,) = fit_head_(make_model(labels=3), ("ant", "cat", "dog"), name="mine", replace=False)
+    assert note.startswith(
+        "mine: its classes are called LABEL_0, LABEL_1, LABEL_2, ..., the data's ant, cat, dog, ..."
+    )
+    # One that is trained learns what they mean.
+    assert fit_head_(make_model(labels=3), ("ant", "cat", "dog"), name="mine", replace=True) == ()
+
+
 def test_a_head_of_another_size_is_refused_or_replaced(make_model):
     with pytest.raises(ModelError, match="mine: its head has 10 labels, the data 4 classes"):
         fit_head_(make_model(), tuple("abcd"), name="mine", replace=False)

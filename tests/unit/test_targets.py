@@ -67,7 +67,7 @@ def test_more_than_there_is_cannot_be_left(tiny):
 
 
 def test_a_target_beyond_the_floors_says_what_is_reachable_and_it_is(tiny):
-    with pytest.raises(TargetError, match=r"reachable here is macs=0 to macs=(0\.\d+) \(.* GMACs left") as error:
+    with pytest.raises(TargetError, match=r"reachable here is macs=0 to macs=(0\.\d+) \(.*MACs left") as error:
         slimmed(tiny, Target(macs=0.9999))
     most = float(str(error.value).split("to macs=")[1].split()[0])
     assert 1 - count_macs(slimmed(tiny, Target(macs=most))) / count_macs(tiny) >= most

@@ -128,7 +128,10 @@ def _prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that OUT already holds")] = False,
     go_on: Annotated[
-        bool, typer.Option("--go-on", help="as --overwrite, but take up this very run if OUT holds it, stopped")
+        bool,
+        typer.Option(
+            "--go-on", help="start; or take up this very run where it was stopped in OUT, leave it if complete"
+        ),
     ] = False,
     resume: Annotated[Path | None, typer.Option(help="take up the run stopped in that folder; nothing else")] = None,
     **options: Any,
@@ -243,12 +246,15 @@ def evaluate(
         raise UpopError(f"--split: expected validation or test, got {split!r}")
     quiet_libraries()
     from upop.measure import evaluate_model
+    from upop.targets import amount
 
     with out.status("loading model and data"):
-        score, params, macs = evaluate_model(config, split)
+        score, params, macs, notes = evaluate_model(config, split)
+    for note in notes:
+        out.print(note, style="yellow", markup=False)
     out.print(
         f"{split} accuracy {100 * score.accuracy:.2f} % (loss {score.loss:.4f}, {score.images:,} images); "
-        f"{params:,} parameters, {macs / 1e9:.3f} GMACs"
+        f"{params:,} parameters, {amount(macs, 'macs')}"
     )
 
 

@@ -94,6 +94,8 @@ def clock(seconds: float) -> str:
 
 
 def print_plan(plan: Any) -> None:
+    from upop.targets import amount
+
     c = plan.config
     splits = {"train": plan.data.train, "validation": plan.data.validation, "test": plan.data.test}
     images = ", ".join(f"{name} {len(split):,}" for name, split in splits.items() if split is not None)
@@ -108,7 +110,7 @@ def print_plan(plan: Any) -> None:
     out.print(plan.promise(), markup=False)
     out.print(
         f"parameters: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed); about "
-        f"{plan.macs_before / 1e9:.3f} -> {plan.macs_after / 1e9:.3f} GMACs an image, if all layers shrank alike"
+        f"{amount(plan.macs_before, 'macs')} -> {amount(plan.macs_after, 'macs')} an image, if all layers shrank alike"
     )
     out.print("resolved configuration:\n" + c.to_toml(), markup=False, end="")
 
