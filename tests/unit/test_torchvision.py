@@ -93,6 +93,79 @@ def test_an_attention_that_cannot_be_split_exactly_is_refused():
         split_attentions_(model)
 
 
+class Called(nn.Module):
+    """An attention, and how it is called."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x, *masks, **named):
+        return self.attention(x, x, x, *masks, **named)[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (5, 8)], ids=["batch", "one alone"])
+def test_batches_and_single_sequences_come_out_as_before(shape):
+    model, x = Called().eval(), torch.randn(shape)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(split_attentions_(model)(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        ((torch.zeros(2, 5, dtype=torch.bool),), {}),
+        ((), {"key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}),
+        ((None, False, torch.zeros(5, 5)), {}),
+        ((), {"attn_mask": torch.zeros(5, 5)}),
+        ((), {"is_causal": True}),
+    ],
+)
+def test_a_mask_is_refused_wherever_it_is_given_never_left_out(masks):
+    model = split_attentions_(Called())
+    with pytest.raises(ModelError, match="expected no masks"):
+        model(torch.randn(2, 5, 8), *masks[0], **masks[1])
+
+
+@pytest.mark.parametrize("options", [{"add_zero_attn": True}, {"kdim": 4}, {"add_bias_kv": True}])
+def test_where_one_attention_is_refused_none_is_replaced(options):
+    model = nn.Sequential(Called(), Called(**options))
+    with pytest.raises(ModelError, match=r"^1\.attention: expected"):
+        split_attentions_(model)
+    assert all(type(each.attention) is nn.MultiheadAttention for each in model)
+
+
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_torchs_own_layers_read_their_attentions_and_are_refused(layer):
+    model = nn.Sequential(Called(), layer(8, 2, 16, batch_first=True))
+    with pytest.raises(ModelError, match=rf"^1\.self_attn: .*{layer.__name__}"):
+        split_attentions_(model)
+    assert not any("SplitAttention" in type(module).__name__ for module in model.modules())
+
+
+def test_a_model_that_is_an_attention_itself_is_refused():
+    with pytest.raises(ModelError, match=r"^the model: expected"):
+        split_attentions_(nn.MultiheadAttention(8, 2, batch_first=True))
+
+
+def test_what_is_frozen_stays_frozen():
+    model = Called()
+    model.attention.in_proj_weight.requires_grad_(False)
+    model.attention.out_proj.bias.requires_grad_(False)
+    frozen = {name for name, p in split_attentions_(model).named_parameters() if not p.requires_grad}
+    assert frozen == {
+        f"attention.{name}" for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias")
+    }
+
+
+def test_an_attention_in_two_places_stays_one():
+    model = Called()
+    model.again = model.attention
+    split_attentions_(model)
+    assert model.again is model.attention
+
+
 @pytest.mark.parametrize("name", ["vit_b_16", "vit_l_32"])
 def test_torchvision_itself_is_described_rightly(name):
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
