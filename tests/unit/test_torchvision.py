@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import upop
 from upop.errors import ModelError
 from upop.families import find_structures
 from upop.families.torchvision import split_attentions_
+from upop.profiling import count_macs
 from upop.testing import check_family
 
 
@@ -164,6 +166,16 @@ def test_an_attention_in_two_places_stays_one():
     model.again = model.attention
     split_attentions_(model)
     assert model.again is model.attention
+
+
+def test_targets_in_macs_and_analyze_know_its_images(images):
+    model = split_attentions_(make())
+    model.image_size = 32  # as torchvision's has
+    assert "macs" in upop.analyze(model).costs
+    search = upop.Search(model, target=upop.Target(macs=0.4), steps=1)
+    model(images(2)).square().sum().backward()
+    search.step()
+    assert count_macs(search.slim()) == pytest.approx(0.6 * count_macs(model), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "vit_l_32"])
