@@ -26,6 +26,7 @@ SUFFIXES: Mapping[str, Mapping[str, float]] = {
     "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
     "prunable": {},
 }
+ROUNDING = 1e-9  # how far above the reachable range a target may be, as a share of it
 TOLERANCE = 0.01  # of the whole model's cost: how far the removal may be above the target
 TOLERANCE_LATENCY = 0.03  # of the time asked for: the same, by the table
 MEASURED_LATENCY = 0.05  # of the time asked for: how far the measured time may be off, prediction and noise included
@@ -41,8 +42,8 @@ class Target:
         macs: of the multiply-accumulates of one image.
         latency: of the time of one forward pass, as measured in a latency table.
 
-    What is removed is at most 1 % of the model above the target, or the target is refused. A measured time may be 5 %
-    off the one asked for.
+    What is removed is at most 1 % of the model above the target, or the target is refused; only whole heads or blocks
+    with nothing smaller left beside them may overshoot by more. A measured time may be 5 % off the one asked for.
     """
 
     params: float | str | None = None
@@ -119,8 +120,8 @@ class Target:
     def __str__(self) -> str:
         return f"{self.unit}={self.value}"
 
-    def budget(self, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
-        """How much of `cost` to remove, in its currency.
+    def budget(self, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT, *, unified: bool = True) -> float:
+        """How much of `cost` to remove, in its currency; `unified`: from all kinds together, not from each its share.
 
         Raises TargetError, with the reachable range, where floors forbid the target or one step is too large.
         """
@@ -131,30 +132,36 @@ class Target:
             raise TargetError(
                 f"target {self}: cannot be met: the model has {amount(cost.dense, self.currency)} as it is"
             )
-        if budget > most * (1 + 1e-9):
+        if budget > most * (1 + ROUNDING):
             floors = "one unit of each kind" if not any(n > 1 for n in align.values()) else "one aligned width"
             raise TargetError(
                 f"target {self}: cannot be met; reachable here is {self.unit}=0 to {self.unit}="
                 f"{floor4(most / base)} ({amount(cost.dense - most, self.currency)} left of "
                 f"{amount(cost.dense, self.currency)}), since every layer keeps at least {floors}"
             )
-        self._check_steps(cost, align, budget)
+        self._check_steps(cost, align, budget, unified)
         return min(budget, most)
 
-    def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
-        """Raise TargetError where not even the finest kind comes in steps that meet the target."""
-        steps = {s.name: group_price(s, cost, align) for s in cost.structures}
-        kinds = dict.fromkeys(s.kind for s in cost.structures)
-        worst = {kind: max(steps[s.name] for s in cost.structures if s.kind == kind) for kind in kinds}
-        kind = min(worst, key=lambda kind: worst[kind])
-        if budget > 0 and worst[kind] > self.slack(cost, budget):
-            each = align.get(kind, 1)
-            what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
-            raise TargetError(
-                f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
-                f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
-                + ("the model is too small or too narrow for structured pruning" if each == 1 else "align less")
-            )
+    def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float, unified: bool) -> None:
+        """Raise TargetError where the steps of the finest kind (else: of all kinds together) may miss the target."""
+        worst: dict[str, float] = {}
+        for s in cost.structures:
+            worst[s.kind] = max(worst.get(s.kind, 0.0), group_price(s, cost, align))
+        step = min(worst.values()) if unified else sum(worst.values())
+        if budget <= 0 or step <= self.slack(cost, budget):
+            return
+        # The kind to do something about: no other is finer, or none is coarser.
+        kind = (min if unified else max)(worst, key=lambda kind: worst[kind])
+        each = align.get(kind, 1)
+        what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
+        if not unified and len(worst) > 1:
+            what = f"a step of every kind, the largest {what},"
+        narrow = "the model is too small or too narrow for structured pruning"
+        raise TargetError(
+            f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
+            f"{amount(step, self.currency)} of the model's {amount(cost.dense, self.currency)}; "
+            + ("align less" if each > 1 else narrow if unified else "use a unified method or finer kinds")
+        )
 
 
 def find_cost(
