@@ -139,29 +139,45 @@ class Target:
                 f"{floor4(most / base)} ({amount(cost.dense - most, self.currency)} left of "
                 f"{amount(cost.dense, self.currency)}), since every layer keeps at least {floors}"
             )
-        self._check_steps(cost, align, budget, unified)
+        check = self._check_shares if cost.additive and not unified else self._check_steps
+        check(cost, align, budget)
         return min(budget, most)
 
-    def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float, unified: bool) -> None:
-        """Raise TargetError where the steps of the finest kind (else: of all kinds together) may miss the target."""
-        worst: dict[str, float] = {}
-        for s in cost.structures:
-            worst[s.kind] = max(worst.get(s.kind, 0.0), group_price(s, cost, align))
-        step = min(worst.values()) if unified else sum(worst.values())
-        if budget <= 0 or step <= self.slack(cost, budget):
-            return
-        # The kind to do something about: no other is finer, or none is coarser.
-        kind = (min if unified else max)(worst, key=lambda kind: worst[kind])
-        each = align.get(kind, 1)
-        what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
-        if not unified and len(worst) > 1:
-            what = f"a step of every kind, the largest {what},"
-        narrow = "the model is too small or too narrow for structured pruning"
-        raise TargetError(
-            f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
-            f"{amount(step, self.currency)} of the model's {amount(cost.dense, self.currency)}; "
-            + ("align less" if each > 1 else narrow if unified else "use a unified method or finer kinds")
-        )
+    def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
+        """Raise TargetError where not even the finest kind comes in steps that meet the target."""
+        steps = {s.name: group_price(s, cost, align) for s in cost.structures}
+        kinds = dict.fromkeys(s.kind for s in cost.structures)
+        worst = {kind: max(steps[s.name] for s in cost.structures if s.kind == kind) for kind in kinds}
+        kind = min(worst, key=lambda kind: worst[kind])
+        if budget > 0 and worst[kind] > self.slack(cost, budget):
+            each = align.get(kind, 1)
+            what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
+            raise TargetError(
+                f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
+                f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
+                + ("the model is too small or too narrow for structured pruning" if each == 1 else "align less")
+            )
+
+    def _check_shares(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
+        """Raise TargetError where the same ratio of every kind, in whole steps, goes too far."""
+        kinds = dict.fromkeys(s.kind for s in cost.structures)
+        parts = [cost.only(s for s in cost.structures if s.kind == kind) for kind in kinds]
+        over = sum(_overshoot(part, align, budget / cost.prunable) for part in parts) if budget > 0 else 0.0
+        if over > self.slack(cost, budget):
+            raise TargetError(
+                f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: the same ratio in "
+                f"every kind, in whole steps, is up to {amount(over, self.currency)} more, of the model's "
+                f"{amount(cost.dense, self.currency)}; use a unified method, finer kinds, or align less"
+            )
+
+
+def _overshoot(part: Cost, align: Mapping[str, int], ratio: float) -> float:
+    """How far above `ratio` of one kind's cost its steps end, at most; exactly where they are all alike."""
+    steps = {group_price(s, part, align) for s in part.structures}
+    alike = len(steps) == 1 and all(s.width % align.get(s.kind, 1) == 0 for s in part.structures)
+    # Less what a ranking takes for rounding.
+    budget = ratio * part.prunable
+    return (1e-6 * max(1.0, budget * 1e-6) - budget) % max(steps) if alike else max(steps)
 
 
 def find_cost(

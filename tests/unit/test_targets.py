@@ -117,8 +117,8 @@ def test_what_is_not_refused_is_met_within_one_percent(make_model, options, remo
     assert removed - 1e-6 <= search.cost.removed(search.keep()) / search.cost.dense <= removed + 0.01
 
 
-def test_steps_of_all_kinds_count_where_each_gives_its_share(make_model):
+def test_steps_of_all_kinds_add_up_where_each_gives_its_share(make_model):
     model = make_model(width=192, heads=3, layers=6)
-    with pytest.raises(TargetError, match=r"within 1%: a step of every kind, the largest one unit of head, alone is"):
+    with pytest.raises(TargetError, match=r"within 1%: the same ratio in every kind, .* use a unified"):
         upop.Search(model, target=Target(params=0.5), steps=1, structures=["head", "mlp"], method="progressive")
     upop.Search(model, target=Target(params=0.5), steps=1, structures=["head", "mlp"])
