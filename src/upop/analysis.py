@@ -8,6 +8,7 @@ from torch import nn
 from upop.costs import Cost, macs_cost, params_cost
 from upop.families import find_family, find_structures
 from upop.latency import LatencyTable, latency_cost
+from upop.profiling import own_image_size
 from upop.ranking import NO_ALIGNMENT, group_price, removable
 from upop.structures import Structure
 from upop.targets import amount, floor4
@@ -113,7 +114,7 @@ def analyze(
     family = find_family(model)
     found = find_structures(model, structures)
     costs = {"params": params_cost(model, found)}
-    if getattr(getattr(model, "config", None), "image_size", None) is not None:
+    if own_image_size(model) is not None:
         costs["macs"] = macs_cost(model, found)
     if latency is not None:
         costs["latency"] = latency_cost(found, latency)

@@ -3,6 +3,7 @@
 Pure state: it is told accuracies and says ratios. Must not know models, masks or data.
 """
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,16 +40,16 @@ class Growth:
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
-    def every(self) -> int:
-        """Steps between two checks."""
-        return max(1, self.steps // self.checks)
+    def places(self) -> list[int]:
+        """After how many steps the checks are, evenly spread and rounded: from 0, the dense model, to `steps`."""
+        return [(2 * k * self.steps + self.checks) // (2 * self.checks) for k in range(self.checks + 1)]
 
     def due(self, step: int) -> bool:
         """Whether an accuracy must be observed after `step` steps before the search goes on or ends."""
         if not self.history:
             return True
         if step < self.steps:
-            return step > 0 and step % self.every == 0 and self.history[-1]["step"] != step
+            return step > 0 and step in self.places and self.history[-1]["step"] != step
         last = self.history[-1]
         return last["step"] != step or not last["accepted"]
 
@@ -56,7 +57,9 @@ class Growth:
         """The ratio in force during step `step` (counted from 0)."""
         if step >= self.steps - 1:
             return self.end
-        return self.start + (self.end - self.start) * (step % self.every + 1) / self.every
+        after = bisect_right(self.places, step)
+        last, following = self.places[after - 1], self.places[after]
+        return self.start + (self.end - self.start) * (step - last + 1) / (following - last)
 
     @property
     def cost_of_training(self) -> float:

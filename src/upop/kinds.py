@@ -16,6 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from upop.errors import ModelError
+from upop.methods import KINDS, check_known, check_owners
 from upop.structures import Port, Structure, linear, make_structure
 
 
@@ -28,8 +29,14 @@ def refine(model: nn.Module, structures: Sequence[Structure], kinds: Sequence[st
     """The structures of `kinds` that follow from those a family describes, in layer order.
 
     A layer whose q and k already differ in width from v stays apart: it is `qk` and `v` where `attn` or `dims` is
-    asked for. Raises ModelError where the model does not allow a kind.
+    asked for. Raises ModelError where the model does not allow a kind, UpopError for unknown kinds, and where two of
+    them own the same head dims of a layer.
     """
+    described = kinds_of(s.name for s in structures)
+    check_known(kinds, tuple(dict.fromkeys([*KINDS, *described])))
+    if "attn" in described:
+        # Beside attn or dims, qk and v may be those of layers that were taken apart before.
+        check_owners([kind for kind in kinds if kind not in ("qk", "v") or kind not in described])
     result: list[Structure] = []
     for number, s in enumerate(structures):
         if s.kind == "attn":

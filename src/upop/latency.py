@@ -3,6 +3,8 @@
 Plain numbers. Must not measure: see `upop.timing`.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +49,11 @@ class LatencyTable:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """A few characters that differ from those of any other table."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LatencyTable":

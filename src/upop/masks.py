@@ -48,7 +48,10 @@ def _keeps_weights(masked: Tensor) -> bool:
     """Whether backward would keep `masked` itself."""
     kind = masked.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return masked.requires_grad and not cast and not torch.compiler.is_compiling()
+    if not masked.requires_grad or cast or torch.compiler.is_compiling():
+        return False
+    # Hooks around us (gradient checkpointing, save_on_cpu) see to it themselves; ours would keep all else from them.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _recomputed(masked: Tensor, weight: Tensor, rows: Tensor) -> contextlib.AbstractContextManager[object]:

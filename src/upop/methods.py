@@ -4,6 +4,7 @@ A method says by what units are ranked, whether all kinds compete, and whether t
 not rank, prune or train by itself, and needs no torch.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,14 +61,24 @@ METHODS: dict[str, Method] = {
 def parse_kinds(text: str) -> tuple[str, ...]:
     """`attn,mlp` as kinds. Raises UpopError for unknown kinds, and for two that own the same head dims."""
     kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UpopError(f"structures: expected some of {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}")
-    owners = [kind for kind in ("attn", "dims") if kind in kinds] + [
-        " and ".join(k for k in kinds if k in ("qk", "v"))
-    ]
-    if len(owners := [owner for owner in owners if owner]) > 1:
-        raise UpopError(f"structures: {' and '.join(owners)} own the same head dims; expected one of attn, dims, qk,v")
-    if owners in (["qk"], ["v"]):
+    check_known(kinds)
+    check_owners(kinds)
+    if len({"qk", "v"} & set(kinds)) == 1:
         raise UpopError("structures: expected qk and v together, as qk,v")
     return kinds
+
+
+def check_known(kinds: Sequence[str], known: Collection[str] = KINDS) -> None:
+    """Raise UpopError unless there are kinds, all of them `known`."""
+    for kind in kinds or [""]:
+        if kind not in known:
+            raise UpopError(f"structures: expected some of {', '.join(known)}, got {kind!r}{nearest(kind, known)}")
+
+
+def check_owners(kinds: Sequence[str]) -> None:
+    """Raise UpopError where two of the kinds own the same head dims of a layer."""
+    owners = [kind for kind in ("attn", "dims") if kind in kinds]
+    if split := [kind for kind in ("qk", "v") if kind in kinds]:
+        owners.append(" and ".join(split))
+    if len(owners) > 1:
+        raise UpopError(f"structures: {' and '.join(owners)} own the same head dims; expected one of attn, dims, qk,v")

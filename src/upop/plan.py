@@ -122,7 +122,9 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
         latency = _table_of_first(config, loaded, kinds, align, device, observer or Nobody())
     analysis = analyze(loaded.model, kinds, align=align, latency=latency)
     cost = analysis.costs[target.currency] if target is not None and pruned else analysis.params_cost
-    budget = target.budget(cost, align) if target is not None and pruned else 0.0
+    budget = (
+        target.budget(cost, align, unified=METHODS[config.method].unified) if target is not None and pruned else 0.0
+    )
     config = config.resolve(trained=loaded.trained, device_type=device)
     per_epoch = max(1, len(data.train) // config.batch_size)
     epochs = {

@@ -4,6 +4,7 @@ Must not change or move the models it measures, and must not know how they were 
 """
 
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,12 +100,12 @@ def activation_macs(
 
 def _count_flops(model: nn.Module, image_size: int | None, channels: int) -> tuple[nn.Module, FlopCounterMode]:
     """A weightless copy of `model`, and what was counted in its forward pass of one image."""
-    height, width = _own_image_size(model) if image_size is None else (image_size, image_size)
+    height, width = _stated_image_size(model) if image_size is None else (image_size, image_size)
     ghost = _on_meta(model).eval()
     images = torch.empty(1, channels, height, width, dtype=_weights(model).dtype, device="meta")
     # On the meta device: for CPU tensors the counter does not see scaled_dot_product_attention.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost(pixel_values=images)
+        _call(ghost, images)
     return ghost, counter
 
 
@@ -204,7 +205,13 @@ def _synchronize(device: torch.device) -> None:
 def _forward(model: nn.Module, images: Tensor) -> Callable[[], object]:
     weights = _weights(model)
     own = images.to(device=weights.device, dtype=weights.dtype)
-    return lambda: model(pixel_values=own)
+    return lambda: _call(model, own)
+
+
+def _call(model: nn.Module, images: Tensor) -> object:
+    """What `model` makes of the images, given by Hugging Face's name for them, or first where it has no such name."""
+    named = "pixel_values" in inspect.signature(model.forward).parameters
+    return model(pixel_values=images) if named else model(images)
 
 
 @contextmanager
@@ -239,12 +246,27 @@ def _weights(model: nn.Module) -> Tensor:
     raise ModelError(f"{type(model).__name__}: expected a model with floating point weights, found none")
 
 
-def _own_image_size(model: nn.Module) -> tuple[int, int]:
-    """(height, width) by `model.config.image_size` (or its vision_config's), which is one number or two."""
+def own_image_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) that the model says its images have, None where it says nothing.
+
+    By its config's (or vision_config's) or its own `image_size`, one number or two, or by timm's patch embedding.
+    """
     config = getattr(model, "config", None)
-    size: object = getattr(getattr(config, "vision_config", config), "image_size", None)
+    config = getattr(config, "vision_config", config)
+    size: object = getattr(config, "image_size", None) or getattr(model, "image_size", None)
+    size = size or getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, int):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2:
         return int(size[0]), int(size[1])
-    raise ModelError(f"{type(model).__name__}: expected config.image_size, got {size}; give image_size=")
+    return None
+
+
+def _stated_image_size(model: nn.Module) -> tuple[int, int]:
+    """As `own_image_size`; raises ModelError where the model says nothing."""
+    if (size := own_image_size(model)) is None:
+        raise ModelError(
+            f"{type(model).__name__}: expected config.image_size or image_size of the model, to count "
+            "multiply-accumulates, got neither; set model.image_size = pixels, or give image_size="
+        )
+    return size

@@ -88,7 +88,8 @@ def select(
     so that every group leaves an aligned width, and the best units. Every structure keeps its `floor` units of lowest
     score, and of whole blocks one stays. Ties fall in the order of `structures` and of units: the earlier goes first.
     Never removes more than needed: without the last group, the budget is not reached. A group that would overshoot it
-    by more than `slack` (a block may) is passed over, and smaller ones fall instead.
+    by more than `slack` (a block may) is passed over, and smaller ones fall instead; where there is no way round it,
+    smaller ones stay for it.
 
     Args:
         budget: of what `cost` counts (default: the structures' own costs, in parameters), from 0 to what floors leave.
@@ -202,7 +203,10 @@ def _prefix(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget
 
 
 def _pass_over(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget: float, most: float) -> Tensor:
-    """As `_prefix`, but groups that would end it more than `most` above the budget stay, the next ones go instead."""
+    """As `_prefix`, but groups that would end it more than `most` above the budget stay, the next ones go instead.
+
+    Where the budget cannot be reached without such a group, smaller ones stay in its place.
+    """
     while True:
         falls = _prefix(structures, groups, cost, budget)
         zeros_S = torch.zeros(len(structures), dtype=torch.float64, device=falls.device)
@@ -214,9 +218,19 @@ def _pass_over(structures: Sequence[Structure], groups: _Groups, cost: Cost, bud
         others[last] = False
         # What would be missed without it must be there to be had from others.
         rest_S = zeros_S.index_add(0, groups.structure, groups.share * others)
-        if over <= most or cost.dense - float(cost.of(1 - rest_S)) < budget:
+        if over <= most:
             return falls
+        if cost.dense - float(cost.of(1 - rest_S)) < budget:
+            return _prefix(structures, _large_first(structures, groups, cost, falls, most), cost, budget)
         groups = replace(groups, open=others)
+
+
+def _large_first(structures: Sequence[Structure], groups: _Groups, cost: Cost, falls: Tensor, most: float) -> _Groups:
+    """`groups`, those of `falls` that cost more than `most` before all that are not infinitely far ahead."""
+    prices = torch.tensor([cost.prices[s.name] * s.width for s in structures], dtype=torch.float64)
+    large = falls & ((prices.to(falls.device)[groups.structure] * groups.share) > most)
+    first = groups.scores.clamp_min(torch.finfo(groups.scores.dtype).max)
+    return replace(groups, scores=torch.where(large, first, groups.scores))
 
 
 def check_alignment(align: Mapping[str, int]) -> dict[str, int]:

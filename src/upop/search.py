@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +36,7 @@ from upop.schedules import SCHEDULES
 from upop.scores import GradientOrder, Scores
 from upop.slim import slim
 from upop.structures import of_each
-from upop.targets import Target, check_goal, find_cost
+from upop.targets import ROUNDING, Target, check_goal, find_cost, floor4
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +109,12 @@ class Search:
         checks: int = 20,
         seed: int = 0,
     ) -> None:
-        if steps < 1 or interval < 1 or checks < 1:
-            raise UpopError(f"Search: expected steps, interval and checks >= 1, got {steps=}, {interval=}, {checks=}")
+        if not all(map(_is_whole, (steps, interval, checks))):
+            raise UpopError(
+                "Search: expected steps, interval and checks >= 1, whole numbers, got "
+                f"{steps=}, {interval=}, {checks=}; round them, or use //"
+            )
+        steps, interval, checks = int(steps), int(interval), int(checks)
         _one_of("method", method, METHODS)
         _one_of("shrink", shrink or "once", ("progressive", "once"))
         _one_of("schedule", schedule, SCHEDULES)
@@ -124,6 +129,7 @@ class Search:
         for what, values in (("sparsity", sparsity or {}), ("align", align)):
             for kind in values:
                 _one_of(what, kind, kinds)
+        _check_weights(sparsity or {})
         self.threshold, self.seed = threshold, seed
         self.align = check_alignment(align)
         self.sparsity = (
@@ -145,24 +151,34 @@ class Search:
         self.target_ratio = self._target_ratio()
         budget = self.target_ratio * self.cost.prunable
         self._slack = math.inf if target is None else target.slack(self.cost, budget)
-        self.growth: Growth | None = None
+        self._rules: tuple[float, int, float | None, float | None] | None = None
         if max_drop is not None or tolerance is not None:
             limit = self.target_ratio if target is not None else min(OPEN_LIMIT, self._most())
-            self.growth = Growth(limit, steps, min(checks, steps), max_drop, tolerance)
+            self._rules = (limit, min(checks, steps), max_drop, tolerance)
+        self.growth = self._new_growth()
+        self._latency = latency.digest if latency is not None and self.cost.currency == "latency" else None
         self.ratio = 0.0
         self.steps_done = 0
         self.masks = Masks(model, self.structures)
+        try:
+            self._prepare()
+        except BaseException:
+            self.masks.detach()
+            raise
+
+    def _prepare(self) -> None:
+        """What the attached masks are gathered and trained with."""
         self._penalty = Penalty(self.masks, self.structures, self.sparsity, trained=self.trains_masks)
         self._scores = Scores(
-            model,
+            self.model,
             self.masks,
             self._penalty,
             self.structures,
             self.method,
-            how=normalise,
-            order=gradient_order,
-            comparable=threshold is not None,
-            seed=seed,
+            how=self.normalise,
+            order=self.gradient_order,
+            comparable=self.threshold is not None,
+            seed=self.seed,
         )
         everything = torch.ones(sum(s.units for s in self.structures), dtype=torch.bool, device=self._scores.device)
         self._keep = of_each(self.structures, everything)
@@ -329,11 +345,19 @@ class Search:
         self._scores.sums = {k: v.to(device, copy=True) for k, v in state["scores"].items()}
         self._keep = {k: v.to(device, copy=True) for k, v in state["keep"].items()}
         self.masks.set_(state["masks"])
+        # None where the search was ended by finish(), which no accuracy can make go on.
+        self.growth = None if state["growth"] is None else self._new_growth()
         if self.growth is not None:
             self.growth.load_state_dict(state["growth"])
 
+    def _new_growth(self) -> Growth | None:
+        """As at the start of a search; None where accuracies decide nothing."""
+        if self._rules is None:
+            return None
+        limit, checks, max_drop, tolerance = self._rules
+        return Growth(limit, self.steps, checks, max_drop, tolerance)
+
     def _settings(self) -> dict[str, Any]:
-        growth = self.growth
         return {
             "units": {s.name: s.units for s in self.structures},
             "align": self.align,
@@ -347,20 +371,23 @@ class Search:
             "gradient_order": self.gradient_order,
             "sparsity": self.sparsity,
             "threshold": self.threshold,
-            "growth": growth and [growth.limit, growth.checks, growth.max_drop, growth.tolerance],
+            "growth": self._rules and list(self._rules),
+            "latency": self._latency,
             "seed": self.seed,
         }
 
     def _target_ratio(self) -> float:
         if self.target is None or self.method.score == "none":
             return 0.0
-        ratio = self.target.budget(self.cost, self.align) / self.cost.prunable
-        if ratio > self._most():
+        ratio = self.target.budget(self.cost, self.align, unified=self.method.unified) / self.cost.prunable
+        most = self._most()
+        if ratio > most * (1 + ROUNDING):
+            share = 1.0 if self.target.unit == "prunable" else self.cost.prunable / self.cost.dense
             raise TargetError(
                 f"target {self.target}: cannot be met with the same ratio in every kind; reachable is "
-                f"prunable={self._most():.4f}, since every layer keeps at least one unit of each kind"
+                f"{self.target.unit}={floor4(most * share)}, since every layer keeps at least one unit of each kind"
             )
-        return ratio
+        return min(ratio, most)
 
     def _most(self) -> float:
         """The largest ratio of the prunable cost that this method can remove."""
@@ -403,6 +430,17 @@ class Search:
 def _one_of(what: str, value: str, known: Any) -> None:
     if value not in known:
         raise UpopError(f"{what}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a count is one: 3, 3.0 or a number of numpy, from 1 on."""
+    return isinstance(value, Real) and float(value) >= 1 and float(value) % 1 == 0
+
+
+def _check_weights(sparsity: Mapping[str, object]) -> None:
+    for kind, weight in sparsity.items():
+        if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+            raise UpopError(f"sparsity: {kind}: expected a finite number >= 0, got {weight!r}")
 
 
 def _average_gradient_(mask: Tensor) -> None:

@@ -106,6 +106,14 @@ def linear(model: nn.Module, path: str) -> nn.Linear:
         found = f"{type(module).__module__}.{type(module).__qualname__}"
         raise ModelError(f"{path}: expected a plain torch.nn.Linear, got {found}; {_make_plain(module)}")
     refuse_sharded(module, path)
+    for name in ("weight", "bias"):
+        # Old-style reparametrisations make them plain tensors, computed anew by a hook from others.
+        if name not in module._parameters:
+            raise ModelError(
+                f"{path}.{name}: expected a parameter, got what torch.nn.utils.prune, weight_norm or spectral_norm "
+                f"computes; take that off first: prune.remove(module, {name!r}), remove_weight_norm(module), "
+                "remove_spectral_norm(module)"
+            )
     # What torchao quantises stays a Linear, whose weight is another kind of tensor.
     if hasattr(type(module.weight), "__tensor_flatten__") or not module.weight.is_floating_point():
         raise ModelError(

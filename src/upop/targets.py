@@ -26,6 +26,7 @@ SUFFIXES: Mapping[str, Mapping[str, float]] = {
     "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
     "prunable": {},
 }
+ROUNDING = 1e-9  # how far above the reachable range a target may be, as a share of it
 TOLERANCE = 0.01  # of the whole model's cost: how far the removal may be above the target
 TOLERANCE_LATENCY = 0.03  # of the time asked for: the same, by the table
 MEASURED_LATENCY = 0.05  # of the time asked for: how far the measured time may be off, prediction and noise included
@@ -41,8 +42,8 @@ class Target:
         macs: of the multiply-accumulates of one image.
         latency: of the time of one forward pass, as measured in a latency table.
 
-    What is removed is at most 1 % of the model above the target, or the target is refused. A measured time may be 5 %
-    off the one asked for.
+    What is removed is at most 1 % of the model above the target, or the target is refused; only whole heads or blocks
+    with nothing smaller left beside them may overshoot by more. A measured time may be 5 % off the one asked for.
     """
 
     params: float | str | None = None
@@ -119,8 +120,8 @@ class Target:
     def __str__(self) -> str:
         return f"{self.unit}={self.value}"
 
-    def budget(self, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
-        """How much of `cost` to remove, in its currency.
+    def budget(self, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT, *, unified: bool = True) -> float:
+        """How much of `cost` to remove, in its currency; `unified`: from all kinds together, not from each its share.
 
         Raises TargetError, with the reachable range, where floors forbid the target or one step is too large.
         """
@@ -131,14 +132,15 @@ class Target:
             raise TargetError(
                 f"target {self}: cannot be met: the model has {amount(cost.dense, self.currency)} as it is"
             )
-        if budget > most * (1 + 1e-9):
+        if budget > most * (1 + ROUNDING):
             floors = "one unit of each kind" if not any(n > 1 for n in align.values()) else "one aligned width"
             raise TargetError(
                 f"target {self}: cannot be met; reachable here is {self.unit}=0 to {self.unit}="
                 f"{floor4(most / base)} ({amount(cost.dense - most, self.currency)} left of "
                 f"{amount(cost.dense, self.currency)}), since every layer keeps at least {floors}"
             )
-        self._check_steps(cost, align, budget)
+        check = self._check_shares if cost.additive and not unified else self._check_steps
+        check(cost, align, budget)
         return min(budget, most)
 
     def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
@@ -155,6 +157,27 @@ class Target:
                 f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
                 + ("the model is too small or too narrow for structured pruning" if each == 1 else "align less")
             )
+
+    def _check_shares(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
+        """Raise TargetError where the same ratio of every kind, in whole steps, goes too far."""
+        kinds = dict.fromkeys(s.kind for s in cost.structures)
+        parts = [cost.only(s for s in cost.structures if s.kind == kind) for kind in kinds]
+        over = sum(_overshoot(part, align, budget / cost.prunable) for part in parts) if budget > 0 else 0.0
+        if over > self.slack(cost, budget):
+            raise TargetError(
+                f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: the same ratio in "
+                f"every kind, in whole steps, is up to {amount(over, self.currency)} more, of the model's "
+                f"{amount(cost.dense, self.currency)}; use a unified method, finer kinds, or align less"
+            )
+
+
+def _overshoot(part: Cost, align: Mapping[str, int], ratio: float) -> float:
+    """How far above `ratio` of one kind's cost its steps end, at most; exactly where they are all alike."""
+    steps = {group_price(s, part, align) for s in part.structures}
+    alike = len(steps) == 1 and all(s.width % align.get(s.kind, 1) == 0 for s in part.structures)
+    # Less what a ranking takes for rounding.
+    budget = ratio * part.prunable
+    return (1e-6 * max(1.0, budget * 1e-6) - budget) % max(steps) if alike else max(steps)
 
 
 def find_cost(

@@ -329,6 +329,13 @@ def test_torchs_own_attention_is_refused_with_what_to_do():
         find_structures(model)
 
 
+def test_an_attention_inside_torchs_own_layer_gets_no_advice_that_would_break_it():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    with pytest.raises(ModelError, match=r"0\.self_attn is part of a torch\.nn\.TransformerEncoderLayer") as refused:
+        find_structures(model)
+    assert "split_attentions_" not in str(refused.value)
+
+
 def test_a_slimmed_model_that_could_not_be_loaded_again_refuses_to_be_saved(families, tmp_path):
     # A family of one's own, of a model that has save_pretrained: no config says its widths.
     model = make_hf("clip")

@@ -27,7 +27,7 @@ ALLOWED = {
     "schedules": {"structures", "errors"},
     "masks": {"structures", "errors"},
     "penalty": {"masks", "structures"},
-    "kinds": {"structures", "errors"},
+    "kinds": {"structures", "errors", "methods"},
     "families": {"structures", "errors", "families", "kinds"},
     "surgery": {"structures"},
     "slim": {"structures", "errors", "families", "surgery", "kinds"},
@@ -54,7 +54,9 @@ ALLOWED = {
         "targets",
         "latency",
         "penalty",
+        "scores",
     },
+    "scores": {"processes", "structures", "criteria", "errors", "masks", "methods", "penalty", "ranking"},
 }
 # Module -> what it must not import anywhere, not even inside a function.
 FORBIDDEN = {

@@ -166,6 +166,36 @@ def test_kinds_that_do_not_go_together_are_refused(text, message):
         parse_kinds(text)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (("attn", "dims", "mlp"), r"^structures: attn and dims own the same head dims"),
+        (("attn", "qk", "v", "mlp"), r"^structures: attn and qk and v own the same head dims"),
+        (("v", "dims"), r"^structures: dims and v own the same head dims"),
+        (("attn", "mpl"), r"got 'mpl'; did you mean 'mlp'\?"),
+        ((), r"^structures: expected some of attn, dims"),
+    ],
+)
+def test_kinds_that_own_the_same_rows_are_refused_before_anything_is_touched(make_model, kinds, message):
+    model = make_model()
+    with pytest.raises(UpopError, match=message):
+        upop.Search(model, target=upop.Target(params=0.3), steps=3, structures=kinds)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_owners_of_other_layers_may_stand_side_by_side(make_model, random_lanes):
+    model = make_model(heads=4)
+    structures = find_structures(model, ("qk", "v", "mlp"))
+    # One layer split, one whole: the kinds of the slimmed model are attn, qk and v.
+    keep = {
+        s.name: k if s.layer == 0 else torch.ones_like(k)
+        for s, k in zip(structures, random_lanes(structures).values(), strict=True)
+    }
+    small = upop.slim(model, keep)
+    assert {s.kind for s in find_structures(small)} == {"qk", "v", "attn", "mlp"}
+    assert find_structures(small, ("attn", "qk", "v", "mlp")) == find_structures(small)
+
+
 def test_kinds_are_read_as_typed():
     assert parse_kinds("mlp, attn,mlp") == ("mlp", "attn")
     assert all(parse_kinds(kind) for kind in KINDS if kind not in ("qk", "v"))

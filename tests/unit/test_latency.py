@@ -198,3 +198,15 @@ def test_the_standard_error_is_that_of_medians_of_many_draws():
     medians = draws.median(dim=1).values
     told = sum(timing.standard_error(row.tolist()) for row in draws) / len(draws)
     assert told == pytest.approx(float(medians.std()), rel=0.1)
+
+
+def test_a_state_of_a_search_with_another_table_is_refused(make_model, machine):
+    model = make_model()
+    table = table_of(model)
+    other = LatencyTable.from_dict({**table.to_dict(), "scale": 0.5 * table.scale})
+    state = upop.Search(model, target=Target(latency=0.2), steps=3, latency=table).state_dict()
+    again = LatencyTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    upop.Search(make_model(), target=Target(latency=0.2), steps=3, latency=again).load_state_dict(state)
+    search = upop.Search(make_model(), target=Target(latency=0.2), steps=3, latency=other)
+    with pytest.raises(UpopError, match="saved with latency="):
+        search.load_state_dict(state)

@@ -1,9 +1,11 @@
 """Promises of upop.masks: the identity at 1, no trace after detach, the gradients of masked activations."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from upop.errors import ModelError
 from upop.families import find_structures
@@ -189,3 +191,37 @@ def test_no_second_copy_of_the_weights_is_kept_for_backward(make_model, images):
     paths = {port.path for s in structures for port in s.producers}
     weights = sum(model.get_submodule(path).weight.nbytes for path in paths)
     assert _kept_bytes(model, images()) - plain < 0.1 * weights
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_frees_what_it_frees_without_masks(make_model, images, reentrant):
+    def kept(masked):
+        model = make_model(layers=3).train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if masked:
+            Masks(model, find_structures(model))
+        linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+        seen = []
+        for module in linears:
+            module.register_forward_pre_hook(lambda _, x: seen.append(StorageWeakRef(x[0].untyped_storage())))
+        output = model(pixel_values=images().requires_grad_()).logits
+        assert len(seen) == len(linears)
+        alive = sum(not each.expired() for each in seen)
+        output.sum().backward()
+        return alive
+
+    assert kept(masked=True) == kept(masked=False)
+
+
+def test_what_is_kept_for_backward_may_go_elsewhere_with_masks_on(make_model, images):
+    def seen(masked):
+        model, places = make_model().train(), []
+        if masked:
+            Masks(model, find_structures(model))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: places.append(x.shape) or x, lambda x: x):
+            loss = model(pixel_values=images()).logits.sum()
+        loss.backward()
+        return Counter(places)
+
+    assert not seen(masked=False) - seen(masked=True)

@@ -262,6 +262,28 @@ def grow(growth, accuracy_at):
     return growth.end
 
 
+@pytest.mark.parametrize(("steps", "checks"), [(40, 20), (39, 20), (59, 20), (119, 20), (20, 20), (7, 3)])
+def test_there_are_no_more_checks_than_asked_for_evenly_spread(steps, checks):
+    seen, growth = [], Growth(0.9, steps, checks, max_drop=0.5)
+    for step in range(steps + 1):
+        while growth.due(step):
+            growth.observe(0.9, step)
+            seen.append(step)
+    assert seen == [int(k * steps / checks + 0.5) for k in range(checks + 1)]
+
+
+@pytest.mark.parametrize("steps", [39, 40])
+def test_the_ratio_grows_in_even_steps_up_to_each_check(steps):
+    growth, ratios = Growth(0.9, steps, 20, max_drop=0.5), []
+    for step in range(steps):
+        while growth.due(step):
+            assert not ratios or ratios[-1] == pytest.approx(growth.end)
+            growth.observe(0.9, step)
+        ratios.append(growth.ratio(step))
+        assert growth.start <= ratios[-1] <= growth.end + 1e-12
+    assert ratios == sorted(ratios)
+
+
 @pytest.mark.parametrize("steps", [40, 97, 400])
 @pytest.mark.parametrize("cliff", [0.1, 0.37, 0.8])
 def test_the_accuracy_budget_ends_just_before_the_cliff(steps, cliff):
@@ -347,6 +369,27 @@ def test_a_resumed_open_ended_search_equals_an_uninterrupted_one(make_model, ima
         twin.load_state_dict(state)
     assert equal(search.keep(), twin.keep())
     assert search.growth.history == twin.growth.history
+
+
+def test_an_open_ended_search_that_was_finished_is_loaded_as_finished(make_model, images):
+    options = {"target": None, "max_drop": 0.05, "checks": 5, "steps": 20}
+    search = Search(make_model(), **options)
+    for t in range(6):
+        while search.needs_accuracy:
+            search.observe(0.9)
+        search.model(images(8, seed=t)).logits.square().mean().backward()
+        search.step()
+    before = copy.deepcopy(search.state_dict())
+    search.finish()
+    twin = Search(make_model(), **options)
+    twin.load_state_dict(copy.deepcopy(search.state_dict()))
+    assert twin.done
+    assert equal(search.keep(), twin.keep())
+    twin.slim()
+    # And back to where it was not finished yet.
+    twin.load_state_dict(before)
+    assert not twin.done
+    assert twin.growth.history == before["growth"]["history"]
 
 
 def test_what_training_alone_costs_is_told_apart_from_pruning():

@@ -193,6 +193,16 @@ def test_a_block_that_overshoots_is_passed_over_and_others_fall_instead():
     assert int((~keep["mlp.0"]).sum()) == 10
 
 
+def test_for_a_block_without_which_the_budget_is_not_reached_smaller_units_stay():
+    blocks = [Structure("block", n, 1, 500, (), (), floor=0, block=f"b.{n}", drops=True) for n in range(3)]
+    structures = [*blocks, structure("mlp", 0, 40, 10)]
+    scores = {f"block.{n}": torch.tensor([-1.0 - n]) for n in range(3)} | {"mlp.0": torch.arange(40.0) / 100}
+    # All neurons come first, and then two blocks, the second of which goes 260 too far.
+    keep = select(structures, scores, 1130, slack=20)
+    assert [bool(keep[f"block.{n}"]) for n in range(3)] == [False, False, True]
+    assert (~keep["mlp.0"]).tolist() == [False] * 27 + [True] * 13, "the worst of them"
+
+
 def test_one_block_stays_whatever_its_score():
     structures = [Structure("block", n, 1, 500, (), (), floor=0, block=f"b.{n}", drops=True) for n in range(3)]
     scores = {"block.0": torch.tensor([3.0]), "block.1": torch.tensor([1.0]), "block.2": torch.tensor([2.0])}

@@ -14,8 +14,9 @@ from upop import Search, Target
 from upop.costs import params_cost
 from upop.errors import ModelError, TargetError, TrainingError, UpopError
 from upop.families import find_structures
-from upop.ranking import select
+from upop.ranking import removable, select
 from upop.structures import prunable_cost, removed_cost
+from upop.targets import find_cost
 
 HALF = Target(prunable=0.5)
 NO_PENALTY = {"attn": 0.0, "mlp": 0.0}
@@ -546,7 +547,14 @@ def test_a_gradient_that_is_not_finite_is_refused_and_not_counted(make_model, ba
         ({"method": "mask", "target": Target(prunable=0.98)}, r"cannot be met with the same ratio in every kind"),
         ({"steps": 0}, r"expected steps, interval and checks >= 1.*steps=0"),
         ({"interval": 0}, r"interval and checks >= 1.*interval=0"),
+        ({"steps": 2.5}, r"whole numbers, got steps=2\.5"),
+        ({"steps": math.inf}, r"whole numbers, got steps=inf"),
+        ({"interval": 1.5}, r"whole numbers, .*interval=1\.5"),
+        ({"checks": "4"}, r"whole numbers, .*checks='4'"),
         ({"sparsity": {"atn": 1.0}}, r"sparsity: .*'atn'; did you mean 'attn'\?"),
+        ({"sparsity": {"attn": "1e-3"}}, r"sparsity: attn: expected a finite number >= 0, got '1e-3'"),
+        ({"sparsity": {"mlp": math.nan}}, r"sparsity: mlp: expected a finite number >= 0, got nan"),
+        ({"sparsity": {"mlp": -1.0}}, r"sparsity: mlp: expected a finite number >= 0, got -1\.0"),
     ],
 )
 def test_a_bad_option_is_refused_before_the_model_is_touched(make_model, options, message):
@@ -554,6 +562,38 @@ def test_a_bad_option_is_refused_before_the_model_is_touched(make_model, options
     with pytest.raises(UpopError, match=message):
         Search(model, **{"target": HALF, "steps": 3, **options})
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_whatever_fails_while_a_search_is_made_leaves_the_model_untouched(make_model, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr("upop.search.Scores", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Search(model, target=HALF, steps=3)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_steps_may_be_a_whole_number_of_any_type(make_model):
+    search = Search(make_model(), target=HALF, steps=3.0, interval=np.int64(2))
+    for now in random_gradients(search.structures, 3):
+        feed(search, now)
+    assert search.done
+    assert all(bool(((v == 0) | (v == 1)).all()) for v in values(search).values())
+
+
+@pytest.mark.parametrize("unit", ["params", "prunable", "macs"])
+@pytest.mark.parametrize("method", ["progressive", "mask"])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_ratio_that_a_uniform_method_says_is_reachable_is(make_model, unit, method, layers):
+    model = make_model(width=96, heads=3, layers=layers)
+    cost = find_cost(model, find_structures(model), Target(**{unit: 0.5}).currency)
+    # Just what the ranking of all kinds together could give.
+    target = Target(**{unit: removable(cost) / (cost.prunable if unit == "prunable" else cost.dense)})
+    with pytest.raises(TargetError, match="the same ratio in every kind") as refused:
+        Search(model, target=target, steps=3, method=method)
+    most = float(re.search(rf"reachable is {unit}=([0-9.]+),", str(refused.value))[1])
+    Search(model, target=Target(**{unit: most}), steps=3, method=method).detach()
+    with pytest.raises(TargetError):
+        Search(model, target=Target(**{unit: most + 1e-4}), steps=3, method=method)
 
 
 @pytest.mark.parametrize("align", [{}, {"mlp": 8}], ids=["any width", "aligned"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import upop
 from upop.errors import ModelError, UpopError
@@ -103,6 +104,25 @@ def test_a_subclass_of_linear_is_refused_by_path():
     assert linear(model, "0") is model[0]
     with pytest.raises(ModelError, match=r"^1: expected a plain torch\.nn\.Linear, got .*Quantised"):
         linear(model, "1")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("how", ["l1_unstructured", "weight_norm", "spectral_norm", "parametrizations"])
+def test_a_weight_that_is_computed_from_others_is_refused_by_path(how, name):
+    model = nn.Sequential(nn.Linear(4, 4))
+    if how == "l1_unstructured":
+        prune.l1_unstructured(model[0], name, 0.5)
+    elif how == "parametrizations":
+        nn.utils.parametrizations.weight_norm(model[0])
+    elif name == "bias":
+        pytest.skip("norms are of matrices")
+    else:
+        getattr(nn.utils, how)(model[0])
+    with pytest.raises(
+        ModelError, match=r"^0: expected a plain|^0\." + name + r": expected a parameter.*prune\.remove"
+    ):
+        linear(model, "0")
 
 
 def test_names_are_kind_and_layer_and_values_are_frozen():

@@ -89,3 +89,36 @@ def test_amounts_are_for_people():
     assert amount(5_717_416, "params") == "5,717,416 parameters"
     assert amount(1_258_000_000, "macs") == "1.258 GMACs"
     assert amount(12.345, "latency") == "12.3 ms"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "mask", "align": {"attn": 32}},
+        {"method": "progressive", "structures": ["head", "mlp"]},
+        {"structures": ["mlp", "block"]},
+        {"structures": ["head", "mlp", "block"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("removed", [0.1, 0.5, 0.6, 0.85, 0.9])
+def test_what_is_not_refused_is_met_within_one_percent(make_model, options, removed):
+    model = make_model(width=192, heads=3, layers=6, seed=1)
+    try:
+        search = upop.Search(model, target=Target(params=removed), steps=1, **options)
+    except TargetError:
+        return
+    generator = torch.Generator().manual_seed(1)
+    for mask in search.masks.values.values():
+        mask.grad = torch.randn(mask.shape, generator=generator)
+        if search.trains_masks:
+            mask.data = torch.rand(mask.shape, generator=generator)
+    search.step()
+    assert removed - 1e-6 <= search.cost.removed(search.keep()) / search.cost.dense <= removed + 0.01
+
+
+def test_steps_of_all_kinds_add_up_where_each_gives_its_share(make_model):
+    model = make_model(width=192, heads=3, layers=6)
+    with pytest.raises(TargetError, match=r"within 1%: the same ratio in every kind, .* use a unified"):
+        upop.Search(model, target=Target(params=0.5), steps=1, structures=["head", "mlp"], method="progressive")
+    upop.Search(model, target=Target(params=0.5), steps=1, structures=["head", "mlp"])

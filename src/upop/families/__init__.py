@@ -151,6 +151,11 @@ def _advice(model: nn.Module) -> str:
             return f"; its part {path}, a {type(module).__name__}, is one: search and slim that"
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
+            if path and (layer := torchvision.torch_layer(model, path)) is not None:
+                return (
+                    f"; {path} is part of a {layer}, which reads its parameters: write that layer with Linears for q, "
+                    "k and v, then describe the model, see docs/families.md"
+                )
             return (
                 f"; {path or 'the model'} is a torch.nn.MultiheadAttention, whose head dims cannot be cut (q, k and v "
                 "are one Parameter as wide as the model): upop.families.torchvision.split_attentions_ makes them "
