@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from upop.errors import ModelError
-from upop.methods import KINDS, check_known, check_owners
+from upop.methods import KINDS, check_known, check_owners, parse_kinds
 from upop.structures import Port, Structure, linear, make_structure
 
 
@@ -25,13 +25,14 @@ def kinds_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
-def refine(model: nn.Module, structures: Sequence[Structure], kinds: Sequence[str]) -> tuple[Structure, ...]:
+def refine(model: nn.Module, structures: Sequence[Structure], kinds: Sequence[str] | str) -> tuple[Structure, ...]:
     """The structures of `kinds` that follow from those a family describes, in layer order.
 
     A layer whose q and k already differ in width from v stays apart: it is `qk` and `v` where `attn` or `dims` is
     asked for. Raises ModelError where the model does not allow a kind, UpopError for unknown kinds, and where two of
     them own the same head dims of a layer.
     """
+    kinds = parse_kinds(kinds) if isinstance(kinds, str) else kinds
     described = kinds_of(s.name for s in structures)
     check_known(kinds, tuple(dict.fromkeys([*KINDS, *described])))
     if "attn" in described:

@@ -65,7 +65,8 @@ class Search:
 
     Args:
         model: any model of a known family; its parameters, names and, at the start, outputs are untouched.
-        target: what to remove. None for an open-ended search: `threshold`, `max_drop` or `tolerance` then decides.
+        target: what to remove, or its text, as `params=0.5`. None for an open-ended search: `threshold`, `max_drop` or
+            `tolerance` then decides.
         steps: optimizer steps that the search lasts, T >= 1.
         structures: the kinds that compete in the ranking (see `upop.kinds`); the paper's are `attn` and `mlp`.
         align: kind -> number that widths become multiples of, as hardware likes them; part of the ranking.
@@ -91,9 +92,9 @@ class Search:
         self,
         model: nn.Module,
         *,
-        target: Target | None,
+        target: Target | str | None,
         steps: int,
-        structures: Sequence[str] | None = None,
+        structures: Sequence[str] | str | None = None,
         align: Mapping[str, int] = NO_ALIGNMENT,
         latency: LatencyTable | None = None,
         method: str = "upop",
@@ -115,6 +116,11 @@ class Search:
                 f"{steps=}, {interval=}, {checks=}; round them, or use //"
             )
         steps, interval, checks = int(steps), int(interval), int(checks)
+        target = Target.parse(target) if isinstance(target, str) else target
+        if not isinstance(target, Target | None):
+            raise TargetError(
+                f"target: expected upop.Target(params=0.5), its text 'params=0.5', or None, got {target!r}"
+            )
         _one_of("method", method, METHODS)
         _one_of("shrink", shrink or "once", ("progressive", "once"))
         _one_of("schedule", schedule, SCHEDULES)

@@ -134,10 +134,12 @@ class Target:
             )
         if budget > most * (1 + ROUNDING):
             floors = "one unit of each kind" if not any(n > 1 for n in align.values()) else "one aligned width"
+            way = "; whole blocks among the structures, more images a pass or ONNX may allow more"
             raise TargetError(
                 f"target {self}: cannot be met; reachable here is {self.unit}=0 to {self.unit}="
                 f"{floor4(most / base)} ({amount(cost.dense - most, self.currency)} left of "
                 f"{amount(cost.dense, self.currency)}), since every layer keeps at least {floors}"
+                + (way if self.unit == "latency" else "")
             )
         check = self._check_shares if cost.additive and not unified else self._check_steps
         check(cost, align, budget)

@@ -615,6 +615,15 @@ def test_a_step_never_waits_for_an_accelerator(make_model, kinds, align, method)
         search.keep()
 
 
+def test_targets_and_kinds_may_be_given_as_on_the_command_line(make_model):
+    search = Search(make_model(), target="params=0.5", structures="attn, mlp", steps=3)
+    assert (search.target, {s.kind for s in search.structures}) == (Target(params=0.5), {"attn", "mlp"})
+    with pytest.raises(UpopError, match=r"structures: expected some of .*, got 'foo'"):
+        Search(make_model(), target="params=0.5", structures="attn,foo", steps=3)
+    with pytest.raises(TargetError, match=r"target: expected upop.Target\(params=0.5\), its text .*, got 0.5"):
+        Search(make_model(), target=0.5, steps=3)
+
+
 @pytest.mark.parametrize("options", [{"align": {"mlp": 4}}, {"structures": ("dims", "mlp")}])
 def test_a_threshold_refuses_units_that_fall_together(make_model, options):
     with pytest.raises(TargetError, match=r"threshold: decides on each unit by itself; leave out align"):

@@ -104,10 +104,11 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def find_structures(model: nn.Module, kinds: Sequence[str] | None = None) -> tuple[Structure, ...]:
+def find_structures(model: nn.Module, kinds: Sequence[str] | str | None = None) -> tuple[Structure, ...]:
     """The prunable structures of `model`, in layer order: those its family describes, or of `kinds` (upop.kinds).
 
-    Raises ModelError for unsupported models, and for kinds that this one does not allow.
+    `kinds` may be a text such as `attn,mlp`. Raises ModelError for unsupported models and kinds that this one does not
+    allow.
     """
     found = find_family(model).find(model)
     return found if kinds is None else refine(model, found, kinds)
