@@ -385,7 +385,10 @@ class Search:
     def _target_ratio(self) -> float:
         if self.target is None or self.method.score == "none":
             return 0.0
-        ratio = self.target.budget(self.cost, self.align, unified=self.method.unified) / self.cost.prunable
+        budget = self.target.budget(self.cost, self.align, unified=self.method.unified)
+        if budget == 0:  # of a table, say, by which nothing that can go saves any time
+            return 0.0
+        ratio = budget / self.cost.prunable
         most = self._most()
         if ratio > most * (1 + ROUNDING):
             share = 1.0 if self.target.unit == "prunable" else self.cost.prunable / self.cost.dense

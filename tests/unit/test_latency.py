@@ -210,3 +210,12 @@ def test_a_state_of_a_search_with_another_table_is_refused(make_model, machine):
     search = upop.Search(make_model(), target=Target(latency=0.2), steps=3, latency=other)
     with pytest.raises(UpopError, match="saved with latency="):
         search.load_state_dict(state)
+
+
+def test_where_nothing_saves_time_no_target_but_zero_is_reachable(make_model):
+    model = make_model()
+    widths = {s.name: s.width for s in find_structures(model)}
+    table = LatencyTable(10.0, {"attn": (), "mlp": ()}, widths)
+    assert upop.Search(model, target=Target(latency=0.0), steps=2, latency=table).target_ratio == 0.0
+    with pytest.raises(TargetError, match=r"latency=0.5: cannot be met; reachable here is latency=0 to latency=0.0"):
+        upop.Search(make_model(), target=Target(latency=0.5), steps=2, latency=table)
