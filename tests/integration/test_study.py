@@ -205,13 +205,17 @@ def test_a_study_that_is_asked_to_stop_ends_after_its_runs_which_keep_a_checkpoi
     path, out = tmp_path / "mine.toml", tmp_path / "out"
     path.write_text(TEXT.replace("epochs_dense = 2", "epochs_dense = 2000"))
     command = [sys.executable, "-m", "upop", "study", str(path), "--out", str(out), "--executor", executor]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
     try:
         deadline = time.monotonic() + 120
         while not (out / "dense/last-good").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) == code
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert executor != "local" or said.endswith("stopped by SIGTERM; the same command goes on from there\n")
     finally:
         process.kill()
     assert not (out / "failed").exists()

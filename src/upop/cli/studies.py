@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from upop.cli.show import clock, out, quiet_libraries, table
-from upop.errors import UpopError
+from upop.errors import StopError, UpopError
 from upop.folder import write_whole
 
 if TYPE_CHECKING:
@@ -59,15 +59,18 @@ def study(
     # As Ctrl-C: what runs beside this process is asked to end, and waited for.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with StudyWatcher(path.stem, chosen.workers) as watcher:
-        summary = run_study(
-            loaded,
-            folder,
-            executor=chosen,
-            observer=watcher,
-            run_observer=watcher if executor == "local" else None,
-            retry_failed=retry_failed,
-            any_code=any_code,
-        )
+        try:
+            summary = run_study(
+                loaded,
+                folder,
+                executor=chosen,
+                observer=watcher,
+                run_observer=watcher if executor == "local" else None,
+                retry_failed=retry_failed,
+                any_code=any_code,
+            )
+        except StopError as stop:
+            raise StopError(f"{str(stop).partition(';')[0]}; the same command goes on from there") from stop
     for label, error in summary.failed.items():
         out.print(f"failed: {label}: {error}", style="yellow", markup=False)
     if not summary.ran:
