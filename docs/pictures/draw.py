@@ -30,6 +30,7 @@ TEACHER = tuple(f"upop, one-shot, {how}soft labels alone, rate 0.0025" for how i
 # Rows of README's table: name, what they are about (later ones first), epochs in all, colour, marker.
 SERIES = (
     ("upop, 20 epochs, the dense model as teacher", TEACHER, 20, "#2b6cb0", "o"),
+    ("upop, 6 epochs, the dense model as teacher", TEACHER, 6, "#7c4dbe", "P"),
     ("upop, 20 epochs", ("upop, one-shot",), 20, "#63a4dd", "s"),
     ("upop, 6 epochs: the default", ("upop, one-shot",), 6, "#9cc4e8", "^"),
     ("upop, the paper's search, 1 + 5 epochs", ("upop, search",), 6, "#c05621", "v"),
