@@ -70,7 +70,7 @@ def shrinking(search: Path, out: str) -> dict[str, Any]:
 
     def shrink(self: Stages, model: nn.Module, *, teacher: nn.Module) -> nn.Module:
         survived = rounds_survived(self.run.plan, self.run.accelerator, model)
-        with patch("upop.search.weight_norms", lambda *_: survived):
+        with patch("upop.scores.weight_norms", lambda *_: survived):
             return of_stages(self, model, teacher=teacher)
 
     with patch.object(Stages, "search", shrink):

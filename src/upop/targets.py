@@ -234,7 +234,7 @@ def amount(value: float, currency: str) -> str:
     if currency == "params":
         return f"{value:,.0f} parameters"
     if currency == "macs":
-        return f"{value / 1e9:,.3f} GMACs" if value >= 1e8 else f"{value / 1e6:.3g} MMACs"
+        return f"{value / 1e9:,.3f} GMACs" if value >= 1e7 else f"{value / 1e6:.3g} MMACs"
     return f"{value:.3g} ms"
 
 

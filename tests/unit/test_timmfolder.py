@@ -164,7 +164,7 @@ def test_the_command_line_says_that_it_takes_hugging_face_models_only(small, tmp
     from upop.models import load_model
 
     upop.save_pretrained(small(), tmp_path)
-    with pytest.raises(ModelError, match=re.escape(f"{tmp_path}: a slimmed model of timm")):
+    with pytest.raises(ModelError, match=re.escape(f"{tmp_path}: a model of timm")):
         load_model(str(tmp_path))
 
 
