@@ -169,9 +169,9 @@ class Session:
         """Seconds by now, those of what is not over among them."""
         return self.seconds | {what: time.monotonic() - began for what, began in self._began.items()}
 
-    def stop_if_asked(self, where: str) -> None:
+    def stop_if_asked(self, stage: str) -> None:
         """Raise StopError where a signal has asked for an end, in this process or another."""
         (asked,) = processes.highest(self.keeper.asked)
         if asked:
             processes.wait()  # none must end, and take the others with it, before all is written
-            raise StopError(f"{where} stopped by {signal.Signals(asked).name}; {self.how_to_go_on()}")
+            raise StopError(f"{stage}: stopped by {signal.Signals(asked).name}; {self.how_to_go_on()}")

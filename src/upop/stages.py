@@ -68,7 +68,7 @@ class Stages:
             processes.wait()
         result |= {"seconds": {k: round(v, 3) for k, v in self.run.seconds.items()}}
         self.write(result)
-        self.run.stop_if_asked("evaluate:")
+        self.run.stop_if_asked("evaluate")
         return result
 
     def write(self, result: Result) -> None:
@@ -267,7 +267,8 @@ class Stages:
                 if not all(bool(value.isfinite().all()) for value in weights.values()):
                     raise TrainingError("weights are no longer finite; lower the learning rate or train in float32")
                 self.run.keep(stage, fit=state(), model=weights, **more())
-            self.run.stop_if_asked(f"{stage}:")
+            if asked:
+                self.run.stop_if_asked(stage)
 
         begun = self.run.begun(stage)
         if begun is not None:
@@ -308,7 +309,7 @@ class Stages:
         """Everything that result.json says but the seconds."""
         plan = self.run.plan
         self.run.observer.stage("evaluate", "all models on validation and test, in float32; latency")
-        self.run.stop_if_asked("evaluate:")
+        self.run.stop_if_asked("evaluate")
         with self.run.timed("evaluate"):
             scores = measure_scores(plan, self.run.accelerator, models, masked=self.run.masked)
         with self.run.timed("latency"):
