@@ -92,7 +92,8 @@ def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_o
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
     plan = make_plan(config, latency=_table(state), observer=observer)
     if go_on and (result := _result(Path(config.out))) is not None:
-        if (other := _other(result, plan)) is None:
+        same = {key: value for key, value in plan.identity().items() if key != "configuration"}
+        if (other := made_with_another(result, config, **same)) is None:
             observer.stage("complete", f"{config.out} holds this very run, done before")
             # It may have been killed right after its last word.
             RunFolder(Path(config.out), main=is_main_process()).tidy()
@@ -117,16 +118,17 @@ def _result(folder: Path) -> Result | None:
     return found if found.get("status") == "complete" else None
 
 
-def _other(result: Result, plan: Plan) -> str | None:
-    """What makes a result that of another run, or None."""
-    identity, data = plan.identity(), result.get("data")
-    same = {
-        "configuration": is_given(result.get("given"), plan.given),
-        "data": isinstance(data, dict) and data.get("fingerprint") == identity["data"],
-        "start": result.get("start") == identity["start"],
-        "code": (result.get("schema"), result.get("code")) == (SCHEMA, identity["code"]),
-    }
-    return next((key for key, right in same.items() if not right), None)
+def made_with_another(
+    result: Result, config: PruneConfig, *, start: str | None, code: str | None, data: str | None
+) -> str | None:
+    """What makes a result no complete one of `config` from this start, or None; `code` and `data` None: of any."""
+    wanted = {"schema": SCHEMA, "status": "complete", "start": start} | ({} if code is None else {"code": code})
+    different = [key for key, value in wanted.items() if result.get(key) != value]
+    different += [] if is_given(result.get("given"), config) else ["configuration"]
+    found = result.get("data")
+    if data is not None and not (isinstance(found, dict) and found.get("fingerprint") == data):
+        different.append("data")
+    return different[0] if different else None
 
 
 def _table(state: Mapping[str, Any] | None) -> LatencyTable | None:

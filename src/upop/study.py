@@ -21,7 +21,7 @@ from upop.errors import UpopError
 from upop.executors import Executor, Job, Outcome
 from upop.folder import weights_hash, write_whole
 from upop.reading import read_json
-from upop.run import SCHEMA, Observer, Result, prune
+from upop.run import Observer, Result, made_with_another, prune
 from upop.studyfile import DENSE, Study, StudyRun
 from upop.version import code_version
 
@@ -83,19 +83,9 @@ class Standing:
         except (OSError, ValueError):
             self.reasons[run.label] = "its result.json is broken"
             return None
-        wanted = {
-            "schema": SCHEMA,
-            "status": "complete",
-            "start": weights_hash(Path(run.config.model)),
-        }
-        wanted |= {} if self.any_code else {"code": code_version()}
-        different = [key for key, value in wanted.items() if result.get(key) != value]
-        different += [] if is_given(result.get("given"), run.config) else ["configuration"]
-        data = result.get("data")
-        if self.data is not None and not (isinstance(data, dict) and data.get("fingerprint") == self.data):
-            different.append("data")
-        if different:
-            self.reasons[run.label] = f"made with another {different[0]}"
+        start, code = weights_hash(Path(run.config.model)), None if self.any_code else code_version()
+        if (other := made_with_another(result, run.config, start=start, code=code, data=self.data)) is not None:
+            self.reasons[run.label] = f"made with another {other}"
             return None
         return result
 
