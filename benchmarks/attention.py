@@ -31,7 +31,7 @@ def main() -> None:
             for dtype in ("fp32", "bf16"):
                 rows.append(compare(args, name, size, dtype))
                 print(json.dumps(rows[-1]), flush=True)
-    write_json(args, rows=rows)
+                write_json(args, rows=rows)
 
 
 def compare(args: argparse.Namespace, name: str, size: int, dtype: str) -> dict[str, object]:

@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --list
 
 Every step is one command. What to check in ends up in `--out`: small JSON, and what it was made with in done.json. A
-step that is not done when its time is up is asked to stop, keeps what it has, and is taken up again by the next call.
+step that is not done when its time is up is asked to stop, and begun again by the next call: trainings and studies go
+on where they were, benchmarks of a few minutes start anew.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, "src")  # where upop is not installed: only its dependencies are then needed
 from common import provenance
 
 END_S = 60.0  # from asking a step to stop to ending it: a study's runs write their checkpoints
@@ -45,7 +47,11 @@ class Step:
 # The dense model and a table's worth of runs first: eight at a time, since one alone leaves most of a GPU idle.
 STEPS = (
     # Its latencies are measured beside each other: those of bench-tiny count.
-    Step("full", "upop study full --data {data} --out {runs}/full --executor processes --workers 8 --threads 2", 600),
+    Step(
+        "full",
+        "upop study full --data {data} --out {runs}/full --executor processes --workers 8 --threads 2 --retry-failed",
+        600,
+    ),
     Step("base", "upop prune --config configs/deit-base-224.toml --model deit-base {common} --out {runs}/base", 10),
     Step("base-step", "python benchmarks/base_step.py --device {device} --json {out}/base-step.json", 3),
     Step(
@@ -98,7 +104,7 @@ STEPS = (
     Step(
         "attention",
         "python benchmarks/attention.py --device {device} --images 512 --steps 100 --json {out}/attention.json",
-        3,
+        6,
     ),
     Step(
         "latency-targets",

@@ -140,6 +140,9 @@ def _config(job: Job, options: Options, out: str) -> PruneConfig:
         epochs_search=0 if one_shot else options.epochs * options.search_share,
         epochs_retrain=options.epochs * (1 if one_shot else 1 - options.search_share),
         **ONE_SHOT,
+        # Peers learn from labels, and take any widths.
+        distill=0.0,
+        align="none",
         lr_retrain=job.rate or options.rates[0],
         seed=job.seed,
         subset=options.subset,
@@ -371,7 +374,8 @@ def _latency(bench: Bench, small: nn.Module, options: Options) -> dict[str, Any]
     """Batch size -> dense and pruned, timed in turns in one process."""
     pair = {"dense": bench.dense, "pruned": small}
     size, seconds = bench.plan.loaded.image_size, options.latency_seconds
-    measured = {b: compare_latency(pair, batch=b, image_size=size, max_seconds=seconds) for b in LATENCY_BATCHES}
+    where = {"image_size": size, "device": bench.accelerator.device.type, "max_seconds": seconds}
+    measured = {b: compare_latency(pair, batch=b, **where) for b in LATENCY_BATCHES}
     return {str(b): {name: dataclasses.asdict(x) for name, x in found.items()} for b, found in measured.items()}
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from upop.costs import Cost, macs_cost, params_cost
+from upop.errors import UpopError
 from upop.families import find_family, find_structures
 from upop.latency import LatencyTable, latency_cost
 from upop.profiling import own_image_size
-from upop.ranking import NO_ALIGNMENT, group_price, removable
+from upop.ranking import NO_ALIGNMENT, check_alignment, group_price, removable
 from upop.structures import Structure
 from upop.targets import amount, floor4
 
@@ -118,4 +119,9 @@ def analyze(
         costs["macs"] = macs_cost(model, found)
     if latency is not None:
         costs["latency"] = latency_cost(found, latency)
-    return Analysis(type(model).__name__, family.name, found, costs, dict(align))
+    align = check_alignment(align)
+    for kind in align:
+        if kind not in {s.kind for s in found}:
+            known = ", ".join(dict.fromkeys(s.kind for s in found))
+            raise UpopError(f"align: expected kinds among {known}, got {kind!r}")
+    return Analysis(type(model).__name__, family.name, found, costs, align)

@@ -3,6 +3,7 @@
 Pure state: it is told accuracies and says ratios. Must not know models, masks or data.
 """
 
+import copy
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,6 +88,10 @@ class Growth:
             self.start = self.end = self.accepted[-1][0]
             self.rate *= SLOWER
 
+    def give_up(self) -> None:
+        """Back to the last accepted ratio, from where it no longer grows: what has not been checked is not kept."""
+        self.start = self.end = self.accepted[-1][0] if self.accepted else 0.0
+
     def _least(self) -> float:
         """The lowest accuracy that is still accepted."""
         if self.max_drop is not None:
@@ -101,4 +106,4 @@ class Growth:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         for name, value in state.items():
-            setattr(self, name, [tuple(v) for v in value] if name == "accepted" else value)
+            setattr(self, name, [tuple(v) for v in value] if name == "accepted" else copy.deepcopy(value))

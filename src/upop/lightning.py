@@ -145,13 +145,17 @@ def _refuse(trainer: Trainer) -> None:
 def _find_model(module: LightningModule, attribute: str | None) -> nn.Module:
     """The one model in `module` that can be pruned, or the one at `attribute`."""
     if attribute is not None:
-        found: nn.Module = module.get_submodule(attribute)
+        try:
+            found: nn.Module = module.get_submodule(attribute)
+        except AttributeError as error:
+            raise ModelError(f"SearchCallback: attribute={attribute!r}: {error}") from None
         return found
     fitting: dict[str, nn.Module] = {}
     for name, inner in module.named_modules():
         # A classifier holds a backbone that could be pruned alone: the outermost is meant.
         inside = any(name.startswith(f"{other}.") for other in fitting)
-        if not inside and any(family.matches(inner) for family in FAMILIES):
+        # The module itself is no model, though it may hold all that one consists of.
+        if name and not inside and any(family.matches(inner) for family in FAMILIES):
             fitting[name] = inner
     if len(fitting) != 1:
         raise ModelError(

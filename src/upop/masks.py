@@ -5,6 +5,7 @@ row-wise dot product that masking the activation would give. Must not decide any
 """
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,14 @@ class _MaskedForward:
     path: str
     terms: list[tuple[Tensor, Port]]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "_MaskedForward":
+        # Masked as the original is, now and later: an average of the weights lags behind, its masks do not.
+        return _MaskedForward(copy.deepcopy(self.module, memo), self.path, self.terms)
+
     def __call__(self, input: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias
+        if not self.terms:  # a copy of a model whose masks are off by now
+            return F.linear(input, weight, bias)
         if input.device != weight.device:
             # A replica holds this very object, and with it the weights and masks of the original.
             raise ModelError(
@@ -49,6 +56,8 @@ def _keeps_weights(masked: Tensor) -> bool:
     kind = masked.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if not masked.requires_grad or cast or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # its tensors have no storage to compare
         return False
     # Hooks around us (gradient checkpointing, save_on_cpu) see to it themselves; ours would keep all else from them.
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -110,6 +119,7 @@ class Masks:
         """Take the masks off: the model computes with its own weights again, bit for bit. Idempotent."""
         for forward in self._forwards:
             forward.module.__dict__.pop("forward", None)
+            forward.terms.clear()
         self._forwards = []
 
     def gradients(self) -> dict[str, Tensor] | None:
@@ -129,7 +139,8 @@ class Masks:
 
 
 def _refuse_foreign_forward(module: nn.Module, path: str) -> None:
-    if "forward" in module.__dict__:
+    there = module.__dict__.get("forward")
+    if there is not None and not (isinstance(there, _MaskedForward) and not there.terms):
         raise ModelError(
             f"{path}: its forward is already replaced (another search, or a library's hook); detach that first"
         )

@@ -22,7 +22,7 @@ from upop.analysis import Analysis, analyze
 from upop.config import PruneConfig, given_values, parse_align
 from upop.costs import Cost, params_cost
 from upop.data import Augment, Batches, ImageData, Split, load_data
-from upop.errors import ModelError, UpopError
+from upop.errors import ModelError, TargetError, UpopError
 from upop.families import find_family, find_structures
 from upop.folder import weights_hash
 from upop.latency import LatencyTable
@@ -36,7 +36,7 @@ from upop.recipe import count_steps
 from upop.search import Search
 from upop.slim import slim
 from upop.structures import Structure
-from upop.targets import TOLERANCE, Target, amount
+from upop.targets import TOLERANCE, Target, amount, find_cost
 from upop.timing import measure_latency_table
 from upop.tracking import parse_trackers
 from upop.version import code_version
@@ -229,14 +229,17 @@ def _measure_table(
 
 
 def _alignment(config: PruneConfig, model: nn.Module, kinds: Sequence[str], device: str) -> dict[str, int]:
-    """The multiples that were asked for; by device, those that were measured to matter, halved while too coarse."""
+    """The multiples that were asked for; by device, those that were measured to matter, halved while too coarse.
+
+    Too coarse is what no target could be met with, or this one not: floors of one multiple forbid high ratios.
+    """
     if config.align != "auto":
         wanted = {} if config.align == "none" else parse_align(config.align)
         for kind in wanted:
             if kind not in kinds:
                 raise UpopError(f"align: expected kinds among structures = {config.structures}, got {kind!r}")
         return check_alignment(wanted)
-    if device == "cpu" and config.latency_dtype == "float32":
+    if (device == "cpu" and config.latency_dtype == "float32") or config.threshold is not None:
         return {}
     # Matrix units work on tiles; a CPU's are narrow enough for hidden neurons not to matter.
     tiles = dict.fromkeys(("attn", "dims", "qk", "v"), 8) | ({"mlp": 64} if device != "cpu" else {})
@@ -248,7 +251,22 @@ def _alignment(config: PruneConfig, model: nn.Module, kinds: Sequence[str], devi
         while each > 1 and group_price(s, cost, {s.kind: each}) > 0.5 * TOLERANCE * cost.dense:
             each //= 2
         align[s.kind] = min(each, align.get(s.kind, each))
-    return check_alignment(align)
+    align = check_alignment(align)
+    # The table of a target in latency is measured for one alignment, and so comes after it.
+    target = None if config.open_ended else Target.parse(config.target)
+    if target is None or target.unit == "latency":
+        return align
+    cost = find_cost(model, structures, target.currency)
+    while align and not _can_be_met(target, cost, align, unified=METHODS[config.method].unified):
+        align = check_alignment({kind: each // 2 for kind, each in align.items()})
+    return align
+
+
+def _can_be_met(target: Target, cost: Cost, align: Mapping[str, int], *, unified: bool) -> bool:
+    with contextlib.suppress(TargetError):
+        target.budget(cost, align, unified=unified)
+        return True
+    return False
 
 
 def read_data(config: PruneConfig, image_size: int) -> ImageData:
@@ -266,6 +284,8 @@ def read_data(config: PruneConfig, image_size: int) -> ImageData:
 
 def device_type(wanted: str) -> str:
     """`cpu` or `cuda` for `auto`, `cpu` or `cuda`; raises UpopError for a GPU that is not there."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UpopError(f"device: expected auto, cpu or cuda, got {wanted!r}")
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise UpopError("device: expected a CUDA GPU for device = cuda, found none; use device = cpu or auto")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from upop import modeling_upop, timmfolder
-from upop.errors import ModelError
+from upop.errors import ModelError, said
 from upop.families import timm
 from upop.hub import fetch
 from upop.modeling_upop import AUTO_CLASSES, CLASSIFIER, MODELS, Layer, find_layers, pruned_model, tell_apart_
@@ -61,6 +61,8 @@ def save_pretrained(
             _leave_out_code(Path(folder))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
+    except RuntimeError as error:  # of weights, say, that two modules share
+        raise ModelError(f"{folder}: cannot be written ({said(error)})") from error
 
 
 def _leave_out_code(folder: Path) -> None:

@@ -7,6 +7,7 @@ loss with respect to a mask value says that lowering it lowers the loss (paper, 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from types import MappingProxyType
 
 import torch
@@ -233,12 +234,19 @@ def _large_first(structures: Sequence[Structure], groups: _Groups, cost: Cost, f
     return replace(groups, scores=torch.where(large, first, groups.scores))
 
 
+def is_whole(value: object) -> bool:
+    """Whether a count is one: 3, 3.0 or a number of numpy, from 1 on."""
+    return isinstance(value, Real) and float(value) >= 1 and float(value) % 1 == 0
+
+
 def check_alignment(align: Mapping[str, int]) -> dict[str, int]:
     """Kind -> n >= 2, without what changes nothing. Raises UpopError for what is no whole number >= 1."""
+    if not isinstance(align, Mapping):
+        raise UpopError(f"align: expected multiples by kind, as {{'attn': 8, 'mlp': 64}}, got {align!r}")
     for kind, each in align.items():
-        if not isinstance(each, int) or each < 1:
+        if not is_whole(each):
             raise UpopError(f"align: {kind}: expected a whole number of units, 1 or more, got {each!r}")
-    return {kind: each for kind, each in align.items() if each > 1}
+    return {kind: int(each) for kind, each in align.items() if each > 1}
 
 
 def group_price(s: Structure, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:

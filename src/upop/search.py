@@ -27,6 +27,7 @@ from upop.ranking import (
     NORMALISERS,
     below,
     check_alignment,
+    is_whole,
     removable,
     select,
     select_uniform,
@@ -34,12 +35,14 @@ from upop.ranking import (
 )
 from upop.schedules import SCHEDULES
 from upop.scores import GradientOrder, Scores
-from upop.slim import slim
+from upop.slim import refuse_closures, slim
 from upop.structures import of_each
 from upop.targets import ROUNDING, Target, check_goal, find_cost, floor4
 
 log = logging.getLogger(__name__)
 
+# Steps by which an optimizer has moved the masks that it trains, whatever its warm-up or overflows at the start.
+TRAINED_BY = 20
 # No open-ended search goes further than this fraction of the prunable cost.
 OPEN_LIMIT = 0.95
 
@@ -110,7 +113,7 @@ class Search:
         checks: int = 20,
         seed: int = 0,
     ) -> None:
-        if not all(map(_is_whole, (steps, interval, checks))):
+        if not all(map(is_whole, (steps, interval, checks))):
             raise UpopError(
                 "Search: expected steps, interval and checks >= 1, whole numbers, got "
                 f"{steps=}, {interval=}, {checks=}; round them, or use //"
@@ -128,16 +131,17 @@ class Search:
         _one_of("gradient_order", gradient_order, ("paper", "authors"))
         self.model, self._name = model, method
         self.structures = find_structures(model, structures)
+        refuse_closures(model)
         self.method = dataclasses.replace(METHODS[method], shrink=shrink or METHODS[method].shrink)
         self.target, self.steps, self.interval = target, steps, interval
         self.schedule, self.normalise, self.gradient_order = schedule, normalise, gradient_order
         kinds = list(dict.fromkeys(s.kind for s in self.structures))
+        self.align = check_alignment(align)
         for what, values in (("sparsity", sparsity or {}), ("align", align)):
             for kind in values:
                 _one_of(what, kind, kinds)
         _check_weights(sparsity or {})
         self.threshold, self.seed = threshold, seed
-        self.align = check_alignment(align)
         self.sparsity = (
             {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds} if sparsity is None else dict(sparsity)
         )
@@ -238,6 +242,8 @@ class Search:
         if not self.trains_masks:
             scale = None if scaler is None else float(scaler.get_scale())
             self._scores.take(self.steps_done, scale=scale, last=self.steps_done == self.steps - 1)
+        elif self.steps_done == min(TRAINED_BY, self.steps - 1) and self.steps > 1:
+            self._refuse_untrained()
         self._go_on()
 
     def skip(self) -> None:
@@ -270,6 +276,14 @@ class Search:
                 "needs_accuracy is True"
             )
 
+    def _refuse_untrained(self) -> None:
+        """Raise UpopError where masks that the optimizer was to train are all still what they began as."""
+        if all(bool((mask == 1).all()) for mask in self.masks.values.values()):
+            raise UpopError(
+                f"Search.step(): after {self.steps_done} steps no mask has moved, and method {self._name} ranks by "
+                "trained masks; give search.trained_masks() to the optimizer, without weight decay"
+            )
+
     def _go_on(self) -> None:
         """Decide where that is due, and count the step."""
         last = self.steps_done == self.steps - 1
@@ -294,15 +308,17 @@ class Search:
             self._decide(1.0, self.steps_done)
 
     def finish(self) -> None:
-        """End the search now, at the full target (open-ended: at the ratio reached), with the scores gathered so far.
+        """End the search now, with the scores gathered so far: at the full target, open-ended or with an accuracy to
+        keep at the last ratio that was accepted.
 
         Raises UpopError before any step.
         """
         if self.steps_done == 0:
             raise UpopError("Search.finish(): no step has been taken, so nothing is known about any unit")
         if not self.done:
-            if self.growth is None:
-                self._decide(1.0, self.steps_done)
+            if self.growth is not None:
+                self.growth.give_up()
+            self._decide(1.0, self.steps_done)
             self.steps_done, self.growth = self.steps, None
 
     def keep(self) -> dict[str, Tensor]:
@@ -314,6 +330,8 @@ class Search:
 
         Raises UpopError before the last step: masks in between 0 and 1 cannot be cut without changing outputs.
         """
+        if self.steps_done >= self.steps and self.needs_accuracy:
+            raise UpopError("Search.slim(): an accuracy is due before the search is done; call observe(accuracy)")
         if not self.done:
             raise UpopError(
                 f"Search.slim(): {self.steps_done} of {self.steps} steps are done and masks are not yet 0 or 1; "
@@ -439,11 +457,6 @@ class Search:
 def _one_of(what: str, value: str, known: Any) -> None:
     if value not in known:
         raise UpopError(f"{what}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
-
-
-def _is_whole(value: object) -> bool:
-    """Whether a count is one: 3, 3.0 or a number of numpy, from 1 on."""
-    return isinstance(value, Real) and float(value) >= 1 and float(value) % 1 == 0
 
 
 def _check_weights(sparsity: Mapping[str, object]) -> None:

@@ -4,9 +4,11 @@ Must not know how `keep` was decided, and must not touch the model it is given.
 """
 
 import copy
+from types import FunctionType
 
 from torch import nn
 
+from upop.errors import ModelError
 from upop.families import find_family, find_structures
 from upop.kinds import kinds_of
 from upop.structures import check_keep, dropped_blocks, linear
@@ -26,6 +28,7 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     Raises UpopError for a `keep` that does not fit the model.
     """
     family = find_family(model)
+    refuse_closures(model)
     structures = find_structures(model, kinds_of(keep))
     check_keep(structures, keep)
     parameters = smaller_parameters(model, structures, keep)
@@ -48,3 +51,15 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     drop_(small, dropped)
     family.finish_(small)
     return small
+
+
+def refuse_closures(model: nn.Module) -> None:
+    """Raise ModelError where a module's `forward` is a function put there: its copy would still call the original."""
+    for path, module in model.named_modules():
+        own = vars(module)
+        prepared = module is model and "_original_forward" in own
+        if isinstance(own.get("forward"), FunctionType) and not prepared:
+            raise ModelError(
+                f"{path or type(model).__name__}: expected the forward of its class, got a function, "
+                "which a copy of the model would share with it; take it off first, or use register_forward_hook"
+            )

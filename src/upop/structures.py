@@ -241,6 +241,27 @@ def is_within(path: str, blocks: Iterable[str]) -> bool:
     return any(path == block or path.startswith(f"{block}.") for block in blocks)
 
 
+def refuse_shared(model: nn.Module, structures: Sequence[Structure]) -> None:
+    """Raise ModelError where a weight or bias belongs to units, and to something else of the model as well."""
+    owners: dict[str, set[str]] = {}
+    for s in structures:
+        for port in (*s.producers, *s.consumers):
+            owners.setdefault(port.path, set()).add(s.name)
+    # A module that is in the model twice has two paths, and its family may have described either.
+    modules = list(model.named_modules(remove_duplicate=False))
+    owned = {id(module): (path, owners[path]) for path, module in modules if path in owners}
+    first: dict[int, tuple[str, set[str]]] = {}
+    for path, module in modules:
+        place = path, owners.get(path) or owned.get(id(module), ("", set[str]()))[1]
+        for parameter in module.parameters(recurse=False):
+            other = first.setdefault(id(parameter), place)
+            if other[1] != place[1]:
+                raise ModelError(
+                    f"{path}: expected weights of its own, got those of {other[0]}: units cannot be cut out of one "
+                    "without the other; give it a copy"
+                )
+
+
 def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> None:
     """Raise UpopError unless `keep` has one bool vector of the right size, floor respected, per structure."""
     names = [s.name for s in structures]
@@ -251,6 +272,8 @@ def check_keep(structures: Sequence[Structure], keep: Mapping[str, Tensor]) -> N
         if s.name not in keep:
             raise UpopError(f"keep: expected an entry for every structure, {s.name!r} is missing")
         value = keep[s.name]
+        if not isinstance(value, Tensor):
+            raise UpopError(f"keep[{s.name!r}]: expected a bool tensor [{s.units}], got {type(value).__name__}")
         if value.dtype != torch.bool or value.shape != (s.units,):
             raise UpopError(
                 f"keep[{s.name!r}]: expected a bool tensor [{s.units}], got {value.dtype} {list(value.shape)}"

@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -55,6 +56,8 @@ class Target:
         given = [unit for unit in UNITS if getattr(self, unit) is not None]
         if len(given) != 1:
             raise TargetError(f"target: expected exactly one of params=, macs=, latency=, prunable=, got {given or 0}")
+        if not isinstance(self.value, Real | str):
+            raise TargetError(f"target {self}: expected a number or a text, got {type(self.value).__name__}")
         if self.left is None and not 0 <= self.fraction < 1:
             raise TargetError(
                 f"target {self}: expected a fraction removed, 0 <= x < 1, or what is left, such as "

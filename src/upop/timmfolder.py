@@ -23,6 +23,7 @@ from upop.vetting import Promise, check_shapes
 
 KEY, WEIGHTS = "upop", "model.safetensors"
 ADVICE = "give what it was made with: upop.save_pretrained(model, folder, timm_args={...})"
+OTHERWISE = "save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
 
 
 def save(model: nn.Module, folder: Path, arguments: Mapping[str, Any] | None = None) -> None:
@@ -36,7 +37,7 @@ def save(model: nn.Module, folder: Path, arguments: Mapping[str, Any] | None = N
     if not name:
         raise ModelError(
             f"{type(model).__name__}: expected a model of timm.create_model, which knows its architecture's name, got "
-            "one without; save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
+            f"one without; {OTHERWISE}"
         )
     given = _read_off(anything) | dict(arguments or {})
     found = widths(find_structures(model))
@@ -64,7 +65,11 @@ def load(folder: Path, config: Mapping[str, Any], promise: Promise) -> nn.Module
         with torch.device("meta"):
             check_shapes(_build(name, given, found), promise)
         model = _build(name, given, found)
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        # The numbers that were saved, in the format they had.
+        for key, value in model.state_dict(keep_vars=True).items():
+            value.data = value.data.to(weights[key].dtype) if key in weights else value.data
+        model.load_state_dict(weights)
     except ModelError:
         raise
     except Exception as error:  # whatever timm or torch make of somebody's config
@@ -74,14 +79,20 @@ def load(folder: Path, config: Mapping[str, Any], promise: Promise) -> nn.Module
 
 def _read_off(model: Any) -> dict[str, Any]:
     """Those arguments of timm.create_model that a model shows."""
-    patches = model.patch_embed
-    return {
-        "num_classes": model.num_classes,
-        "img_size": list(patches.img_size),
-        "in_chans": patches.proj.in_channels,
-        "global_pool": model.global_pool,
-        "depth": len(model.blocks),
-    }
+    try:
+        patches = model.patch_embed
+        return {
+            "num_classes": model.num_classes,
+            "img_size": list(patches.img_size),
+            "in_chans": patches.proj.in_channels,
+            "global_pool": model.global_pool,
+            "depth": len(model.blocks),
+        }
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__name__}: expected a model laid out as timm's VisionTransformer, to save it as a folder: "
+            f"{error}; {OTHERWISE}"
+        ) from None
 
 
 def _build(name: str, arguments: Mapping[str, Any], found: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -128,7 +139,7 @@ def _difference(again: nn.Module, model: nn.Module) -> str:
 
 def _plain(module: nn.Module | None) -> dict[str, Any]:
     """The settings of a module that are no modules or tensors: sizes, eps, rates, names."""
-    hidden = ("training", "pretrained_cfg", "default_cfg")
+    hidden = ("training", "pretrained_cfg", "default_cfg", "grad_checkpointing")
     values = {} if module is None else vars(module)
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in hidden and _is_plain(v)}
 

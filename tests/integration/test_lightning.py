@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from family_models import make_stand_in
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -241,9 +242,18 @@ def test_what_cannot_work_is_refused_before_training(model, fit):
 
     with pytest.raises(upop.UpopError, match=r"expected one model that can be pruned, found model, teacher"):
         fit(model, SearchCallback(target=HALF), module=Two)
+    with pytest.raises(upop.UpopError, match=r"attribute='modle'"):
+        fit(model, SearchCallback(target=HALF, attribute="modle"), module=Two)
     told = SearchCallback(target=HALF, attribute="model")
     fit(model, told, module=Two)
     assert told.search.model is model
     model.vit.layers[0].mlp.fc1 = type("LoraLinear", (nn.Linear,), {})(32, 128)
     with pytest.raises(upop.UpopError, match=r"expected a plain torch\.nn\.Linear, got .*LoraLinear"):
         fit(model, SearchCallback(target=HALF))
+
+
+def test_a_module_around_a_model_of_timms_blocks_is_not_the_model():
+    from upop.lightning import _find_model
+
+    module = Module(make_stand_in())
+    assert _find_model(module, None) is module.model

@@ -526,3 +526,45 @@ def test_structures_are_found_on_the_meta_device_and_in_any_dtype(make_model):
 
 def test_a_family_says_its_name():
     assert [family.name for family in FAMILIES][:1] == ["Hugging Face ViT and DeiT"]
+
+
+def tie_modules(model, blocks):
+    blocks[1].mlp.fc1 = blocks[0].mlp.fc1
+
+
+def tie_weights(model, blocks):
+    blocks[1].mlp.fc1.weight = blocks[0].mlp.fc1.weight
+
+
+def tie_with_what_is_not_pruned(model, blocks):
+    model.extra = nn.Linear(64, 256)
+    model.extra.bias = blocks[0].mlp.fc1.bias
+
+
+@pytest.mark.parametrize("tie", [tie_modules, tie_weights, tie_with_what_is_not_pruned])
+@pytest.mark.parametrize("of_timm", [False, True])
+def test_weights_that_two_structures_share_are_refused(make_model, tie, of_timm):
+    model = make_stand_in() if of_timm else make_model()
+    tie(model, model.blocks if of_timm else model.vit.layers)
+    wanted = r"^.*(1\.mlp\.fc1|extra): expected weights of its own, got those of .*0\.mlp\.fc1: .*; give it a copy"
+    with pytest.raises(ModelError, match=wanted):
+        find_structures(model)
+
+
+def test_queries_may_share_their_weights_with_keys(make_model, images, logits_of):
+    """Units are the same head dims there; whole blocks that are the same are one."""
+    model = make_model()
+    for block in model.vit.layers:
+        block.attention.k_proj.weight = block.attention.q_proj.weight
+    model.vit.layers[1] = model.vit.layers[0]
+    keep = {s.name: torch.arange(s.units) % 2 == 0 for s in find_structures(model)}
+    masks = Masks(model, find_structures(model))
+    masks.set_({name: value.float() for name, value in keep.items()})
+    torch.testing.assert_close(logits_of(upop.slim(model, keep), images()), logits_of(model, images()))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+@pytest.mark.parametrize("of_timm", [False, True])
+def test_wrappers_are_refused_whatever_they_wrap(make_model, wrap, of_timm):
+    with pytest.raises(ModelError, match="expected the model itself, got a wrapper of it"):
+        find_structures(wrap(make_stand_in() if of_timm else make_model()))

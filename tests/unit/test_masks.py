@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from upop.errors import ModelError
 from upop.families import find_structures
 from upop.masks import Masks
+from upop.slim import slim
 
 NAMES = ["vit", "deit", "teacher"]
 
@@ -225,3 +226,38 @@ def test_what_is_kept_for_backward_may_go_elsewhere_with_masks_on(make_model, im
         return Counter(places)
 
     assert not seen(masked=False) - seen(masked=True)
+
+
+def test_a_copy_is_masked_as_the_model_is_until_the_masks_come_off(make_model, images, logits_of):
+    """AveragedModel copies the model at the start and averages weights from then on; masks are decided later."""
+    model = make_model()
+    dense = logits_of(model, images())
+    masks = attach(model)
+    average = torch.optim.swa_utils.AveragedModel(model).module
+    masks.set_({s.name: (torch.arange(s.units) % 2).float() for s in find_structures(model)})
+    assert torch.equal(logits_of(average, images()), logits_of(model, images()))
+    assert not torch.allclose(logits_of(average, images()), dense, atol=1e-2)
+    keep = {s.name: torch.arange(s.units) % 2 == 1 for s in find_structures(model)}
+    torch.testing.assert_close(logits_of(slim(average, keep), images()), logits_of(average, images()))
+    masks.detach()
+    assert torch.equal(logits_of(average, images()), dense)
+    again = attach(average)
+    again.set_({s.name: torch.zeros(s.units) for s in find_structures(average)})
+    assert not torch.allclose(logits_of(average, images()), dense, atol=1e-2)
+    again.detach()
+
+
+def test_functional_transforms_see_masked_weights(make_model, images):
+    model = make_model()
+    masks = attach(model)
+    masks.set_({s.name: torch.full((s.units,), 0.5) for s in find_structures(model)})
+    labels = torch.arange(8) % 10
+
+    def loss(parameters):
+        logits = torch.func.functional_call(model, parameters, (images(8),)).logits
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    torch.nn.functional.cross_entropy(model(images(8)).logits, labels).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)

@@ -673,3 +673,71 @@ def test_cleared_gradients_are_as_if_there_had_been_no_backward(make_model):
         feed(one, now)
         feed(other, now)
     assert equal(one.state_dict()["scores"], other.state_dict()["scores"])
+
+
+@pytest.mark.parametrize("method", ["mask", "unified"])
+def test_masks_that_no_optimizer_trains_are_found_out_before_the_search_is_over(make_model, images, method):
+    loop = Loop(make_model(), images, steps=4, method=method)
+    with pytest.raises(UpopError, match=r"step\(\): after 3 steps no mask has moved.*trained_masks\(\) to the"):
+        loop.run()
+    long = Loop(make_model(), images, steps=100, method=method)
+    with pytest.raises(UpopError, match="after 20 steps no mask has moved"):
+        long.run()
+
+
+def test_a_search_that_is_finished_early_goes_back_to_what_was_accepted(make_model, images):
+    loop = Loop(make_model(), images, steps=8, target=None, max_drop=0.01, checks=4)
+    search = loop.search
+    search.observe(0.9)
+    loop.run(stop=2)
+    search.observe(0.9)
+    accepted = search.ratio
+    loop.run(start=2, stop=4)
+    assert search.ratio > accepted > 0
+    search.observe(0.1)
+    search.finish()
+    assert search.ratio == accepted
+    assert removed_cost(search.structures, search.keep()) <= 1.05 * accepted * prunable_cost(search.structures)
+    assert equal(values(search), {name: k.float() for name, k in search.keep().items()})
+
+
+def test_where_only_an_accuracy_is_missing_slim_asks_for_that(make_model, images):
+    loop = Loop(make_model(), images, steps=2, target=None, max_drop=0.01, checks=1)
+    loop.search.observe(0.9)
+    loop.run()
+    with pytest.raises(UpopError, match=r"^Search\.slim\(\): an accuracy is due .*; call observe\(accuracy\)"):
+        loop.search.slim()
+
+
+def test_a_state_that_was_loaded_is_nobody_elses(make_model, images):
+    def search():
+        return Search(make_model(), target=None, max_drop=0.01, steps=2, checks=1)
+
+    first = search()
+    state = first.state_dict()
+    first.load_state_dict(state)
+    first.observe(0.9)
+    other = search()
+    other.load_state_dict(state)
+    assert other.needs_accuracy
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: Search("model", target=HALF, steps=2), r"expected a torch\.nn\.Module, got str"),
+        (lambda m: Search(m, target=HALF, steps=2, align=8), r"^align: expected multiples by kind, .* got 8"),
+        (lambda m: Search(m, target=Target(params=[0.5]), steps=2), r"^target .* got list"),
+        (lambda m: upop.analyze(m, align={"mpl": 8}), r"^align: expected kinds among attn, mlp, got 'mpl'"),
+        (lambda m: upop.analyze(m, align={"mlp": 0}), r"^align: mlp: expected a whole number"),
+        (lambda m: upop.slim(m, {s.name: [True] * s.units for s in find_structures(m)}), r"got list$"),
+    ],
+)
+def test_what_is_no_input_at_all_is_refused_in_a_line(make_model, call, message):
+    with pytest.raises(UpopError, match=message) as caught:
+        call(make_model())
+    assert "\n" not in str(caught.value)
+
+
+def test_multiples_may_be_whole_numbers_of_any_type(make_model):
+    assert Search(make_model(), target=HALF, steps=2, align={"mlp": np.int64(8)}).align == {"mlp": 8}

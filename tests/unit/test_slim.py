@@ -199,3 +199,15 @@ def test_what_accelerate_left_on_the_model_does_not_follow_into_the_smaller_one(
     small = search.slim()
     assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(small))
     assert small(images()).logits.dtype == torch.float32, "no precision of another loop's choosing"
+
+
+@pytest.mark.parametrize("path", ["vit.layers.0.attention", "vit.layers.1.mlp.fc1", ""])
+def test_a_forward_that_somebody_put_there_is_refused_by_its_path(make_model, path):
+    model = make_model()
+    module = model.get_submodule(path)
+    inner = module.forward
+    module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in find_structures(model)}
+    for call in (lambda: upop.slim(model, keep), lambda: Search(model, target=Target(params=0.3), steps=1)):
+        with pytest.raises(UpopError, match=rf"^{path or type(model).__name__}: expected the forward of its class"):
+            call()

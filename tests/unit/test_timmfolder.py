@@ -18,6 +18,15 @@ from upop.testing import _randomise_
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+class PatchEmbed(nn.Module):
+    def __init__(self, proj):
+        super().__init__()
+        self.proj, self.img_size = proj, (32, 32)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
 def create_model(model_name, pretrained=False, checkpoint_path="", **arguments):
     """Stands in for timm.create_model: two architectures, which differ in their MLPs."""
     assert not pretrained
@@ -26,10 +35,7 @@ def create_model(model_name, pretrained=False, checkpoint_path="", **arguments):
     model = make_stand_in(mlp=mlp, **{key: arguments[key] for key in ("qkv_bias", "fused") if key in arguments})
     model.blocks = model.blocks[: arguments.get("depth", 2)]
     model.pretrained_cfg = {"architecture": model_name, "mean": (0.5, 0.5, 0.5), "filter_fn": create_model}
-    patches = nn.Module()
-    patches.proj, patches.img_size = model.patch_embed, (32, 32)
-    patches.forward = lambda x: patches.proj(x)
-    model.patch_embed = patches
+    model.patch_embed = PatchEmbed(model.patch_embed)
     model.num_classes, model.global_pool = arguments.get("num_classes", 10), "token"
     return model
 
@@ -193,3 +199,28 @@ def test_models_of_timm_itself_come_back_to_the_same_bits(tmp_path, random_lanes
     images = torch.randn(2, 3, *small.patch_embed.img_size)
     with torch.no_grad():
         assert torch.equal(upop.from_pretrained(tmp_path)(images), small(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_come_back_in_the_format_they_had(small, tmp_path, dtype):
+    model = small().to(dtype)
+    upop.save_pretrained(model, tmp_path / "out")
+    loaded = upop.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES.to(dtype)), model(IMAGES.to(dtype)))
+
+
+def test_a_model_laid_out_otherwise_is_refused_in_a_line(small, tmp_path):
+    model = small()
+    del model.patch_embed.img_size
+    with pytest.raises(ModelError, match=r"expected a model laid out as timm's VisionTransformer.*img_size.*the keep"):
+        upop.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradient_checkpointing_is_no_part_of_what_a_model_is(small, tmp_path):
+    model = small()
+    model.grad_checkpointing = True
+    upop.save_pretrained(model, tmp_path / "out")
+    assert_same_bits(upop.from_pretrained(tmp_path / "out"), model)

@@ -192,6 +192,7 @@ def analyze(
     latency_runtime: Annotated[str, typer.Option(help="as for prune")] = "eager",
     latency_dtype: Annotated[str, typer.Option(help="as for prune")] = "float32",
     seconds: Annotated[float, typer.Option(help="time for the passes that are timed")] = 20.0,
+    device: Annotated[str, typer.Option(help="where they are timed: auto, cpu or cuda")] = "auto",
 ) -> None:
     """Show what can be removed from a model, and what each step of it saves.
 
@@ -201,14 +202,16 @@ def analyze(
     from upop.analysis import analyze as analyze_model
     from upop.methods import parse_kinds
     from upop.models import load_model
+    from upop.plan import device_type
     from upop.timing import measure_latency_table
 
     kinds, multiples = parse_kinds(structures), parse_align(align)
+    where = device_type(device) if latency else "cpu"
     with out.status("loading the model") as status:
         loaded = load_model(model)
         table = (
             measure_latency_table(
-                loaded.model,
+                loaded.model.to(where),
                 batch=latency_batch,
                 image_size=loaded.image_size,
                 runtime=latency_runtime,

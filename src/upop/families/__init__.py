@@ -16,7 +16,7 @@ from upop.errors import ModelError
 from upop.families import hf, timm, torchvision
 from upop.families.parts import attention, blocks, fused_attention, gated_mlp, mlp, packed_mlp
 from upop.kinds import refine
-from upop.structures import Structure
+from upop.structures import Structure, refuse_shared
 
 __all__ = [
     "FAMILIES",
@@ -93,11 +93,15 @@ def register_family(family: Family) -> None:
 
 def find_family(model: nn.Module) -> Family:
     """The family that `model` belongs to; raises ModelError that names what stands in the way."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"expected a torch.nn.Module, got {type(model).__name__}; upop.from_pretrained loads a folder"
+        )
+    if (inside := _wrapped(model)) is not None:
+        raise ModelError(f"{type(model).__name__}: expected the model itself, got a wrapper of it; {inside}")
     for family in FAMILIES:
         if family.matches(model):
             return family
-    if (inside := _wrapped(model)) is not None:
-        raise ModelError(f"{type(model).__name__}: expected the model itself, got a wrapper of it; {inside}")
     raise ModelError(
         f"{type(model).__name__}: unsupported model; expected one of: {', '.join(f.name for f in FAMILIES)}; "
         f"unsupported modules: {_modules_with_weights(model)}{_advice(model)}"
@@ -111,7 +115,9 @@ def find_structures(model: nn.Module, kinds: Sequence[str] | str | None = None) 
     allow.
     """
     found = find_family(model).find(model)
-    return found if kinds is None else refine(model, found, kinds)
+    found = found if kinds is None else refine(model, found, kinds)
+    refuse_shared(model, found)
+    return found
 
 
 def _modules_with_weights(model: nn.Module) -> str:
