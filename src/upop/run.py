@@ -38,8 +38,8 @@ def prune(
 
     `command` is what the result says to type for the same run; the process's own command line unless given. With
     `go_on` a run of the same configuration, code and data that was stopped there is taken up where it was, to the
-    same result, and of one that is complete the result is returned; another run that was stopped there is started
-    over, one that is complete only with `overwrite` as well.
+    same result, and of one that is complete the result is returned; another run there is replaced
+    only with `overwrite` as well.
 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
@@ -104,6 +104,11 @@ def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_o
                 "--overwrite"
             )
     if state is not None and (other := _differs(state, plan)):
+        if not overwrite:
+            raise UpopError(
+                f"out {config.out}: holds a run with another {other} that was stopped; choose another folder, or add "
+                "--overwrite"
+            )
         log.warning("%s: holds a run with another %s; starting over", config.out, other)
         state = None
     return _carry_out(plan, observer, command, state)

@@ -8,7 +8,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,9 +73,12 @@ class Standing:
     data: str | None
     any_code: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)  # complete results that are not of this study
 
     def result(self, run: StudyRun) -> Result | None:
         """The run's result where it counts: complete, of this configuration, code, data and start."""
+        for known in (self.reasons, self.others):
+            known.pop(run.label, None)
         try:
             result: Result = read_json(self.folder(run) / "result.json", finite=False)
         except FileNotFoundError:
@@ -85,7 +88,7 @@ class Standing:
             return None
         start, code = weights_hash(Path(run.config.model)), None if self.any_code else code_version()
         if (other := made_with_another(result, run.config, start=start, code=code, data=self.data)) is not None:
-            self.reasons[run.label] = f"made with another {other}"
+            self.reasons[run.label] = self.others[run.label] = f"made with another {other}"
             return None
         return result
 
@@ -133,12 +136,14 @@ def run_study(
     run_observer: Observer | None = None,
     retry_failed: bool = False,
     any_code: bool = False,
+    overwrite: bool = False,
 ) -> Summary:
     """Do what is not done yet of `study` in the folder `out`; the dense model first, then all runs.
 
     Runs whose results count are left alone, failed ones too unless `retry_failed`. Results made by another version of
-    the code count only with `any_code`. Raises UpopError where another process works on the folder, or where the dense
-    model, which all runs need, cannot be trained.
+    the code count only with `any_code`. Raises UpopError where another process works on the folder, where there are
+    complete results that do not count, which only `overwrite` replaces, or where the dense model, which all runs
+    need, cannot be trained.
     """
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -166,6 +171,7 @@ def run_study(
 
         everything = ((study.dense,) if study.dense else ()) + study.runs
         waiting = _todo(standing, everything, retry_failed)
+        _refuse_to_replace(standing, waiting, overwrite)
         failed = {r.label: f for r in everything if r not in waiting and (f := standing.failure(r)) is not None}
         observer.planned(len(waiting), len(everything) - len(waiting) - len(failed), len(failed))
         if study.dense is not None:
@@ -176,6 +182,7 @@ def run_study(
                     f"see {out / 'logs'}, mend it and use --retry-failed"
                 )
             log.info("dense: %s", result["accuracy"])
+            _refuse_to_replace(standing, _todo(standing, study.runs, retry_failed), overwrite)
         carry_out(study.runs)
         write_manifest(standing)
         failed = {r.label: f for r in everything if (f := standing.failure(r)) is not None}
@@ -207,6 +214,17 @@ def write_manifest(standing: Standing) -> None:
 def _todo(standing: Standing, runs: tuple[StudyRun, ...], retry_failed: bool) -> list[StudyRun]:
     waiting = [run for run in runs if standing.result(run) is None]
     return [run for run in waiting if retry_failed or standing.failure(run) is None]
+
+
+def _refuse_to_replace(standing: Standing, waiting: Sequence[StudyRun], overwrite: bool) -> None:
+    """Raise UpopError where what is to be done would replace complete results, unless that was asked for."""
+    lost = {run.label: standing.others[run.label] for run in waiting if run.label in standing.others}
+    if lost and not overwrite:
+        label, why = next(iter(lost.items()))
+        raise UpopError(
+            f"{standing.out}: holds {len(lost)} complete results that are not of this study now ({label}: {why}); "
+            "choose another --out, add --any-code where only the code has changed, or --overwrite to replace them"
+        )
 
 
 def _job(run: StudyRun, standing: Standing, observer: Observer | None) -> Job:

@@ -250,7 +250,11 @@ def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):
         checkpoint.write(out / "checkpoints", {**state, "code": "another"})
     with pytest.raises(UpopError, match="was begun with another code; start the run again with --overwrite"):
         resume(out)
-    prune(config, go_on=True)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UpopError, match="holds a run with another code that was stopped; choose another folder"):
+        prune(config, go_on=True)
+    assert sorted(out.rglob("*")) == before
+    prune(config, go_on=True, overwrite=True)
     with pytest.raises(UpopError, match="this run is complete"):
         resume(out)
 

@@ -106,7 +106,11 @@ def test_only_what_no_longer_counts_is_done_again_to_the_same_numbers(out, damag
         file.write_text(file.read_text()[:500])
     else:
         file.write_text(json.dumps(result | changes[damage]))
-    summary, _ = go(out)
+        why = "another " + damage.removeprefix("another ").removesuffix(" set")
+        with pytest.raises(UpopError, match=rf"holds 1 complete results.*mask_params0\.5_s0: made with {why}\)"):
+            go(out)
+        assert file.read_text() == json.dumps(result | changes[damage])
+    summary, _ = go(out, overwrite=True)
     assert summary.ran == ("mask_params0.5_s0",)
     assert numbers(out) == before
 
@@ -132,7 +136,7 @@ def test_a_look_says_what_a_call_would_do_and_why(out):
         "magnitude_params0.5_s0"
     }
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert set(go(out, text)[0].ran) == {"mask_params0.5_s0", "magnitude_params0.5_s0"}
+    assert set(go(out, text, overwrite=True)[0].ran) == {"mask_params0.5_s0", "magnitude_params0.5_s0"}
 
 
 def test_a_look_before_anything_ran_needs_no_data(tmp_path):
@@ -150,7 +154,7 @@ def test_results_of_other_code_count_when_asked_to(out):
 
 
 def test_a_changed_configuration_is_another_run(out):
-    summary, _ = go(out, TEXT.replace("epochs_retrain = 0.5", "epochs_retrain = 0.6"))
+    summary, _ = go(out, TEXT.replace("epochs_retrain = 0.5", "epochs_retrain = 0.6"), overwrite=True)
     assert set(summary.ran) == {"upop_params0.5_s0", "mask_params0.5_s0"}
 
 
@@ -167,7 +171,13 @@ def test_a_failed_run_is_kept_apart_and_retried_on_request(out):
 
 
 def test_a_new_dense_model_makes_all_runs_anew(out):
-    summary, _ = go(out, TEXT.replace("epochs_dense = 2", "epochs_dense = 1"))
+    text = TEXT.replace("epochs_dense = 2", "epochs_dense = 1")
+    shutil.rmtree(out / "dense")
+    before = numbers(out)
+    with pytest.raises(UpopError, match=r"holds 2 complete results .*\(upop_params0\.5_s0: made with another start\)"):
+        go(out, text)
+    assert numbers(out) == before
+    summary, _ = go(out, text, overwrite=True)
     assert summary.ran == ("dense", "upop_params0.5_s0", "mask_params0.5_s0")
 
 

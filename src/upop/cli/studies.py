@@ -35,6 +35,7 @@ def study(
     any_code: Annotated[
         bool, typer.Option("--any-code", help="results made by another version of the code count too")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace complete results that do not count")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs, which are done, and stop")] = False,
 ) -> None:
     """Do all runs of a study that are not done yet, then write its report.
@@ -68,6 +69,7 @@ def study(
                 run_observer=watcher if executor == "local" else None,
                 retry_failed=retry_failed,
                 any_code=any_code,
+                overwrite=overwrite,
             )
         except StopError as stop:
             raise StopError(f"{str(stop).partition(';')[0]}; the same command goes on from there") from stop
