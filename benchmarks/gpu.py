@@ -81,13 +81,13 @@ STEPS = (
         "bench-tiny",
         "upop bench {runs}/full/dense/model {runs}/full/upop_params0.5_s0/model {runs}/full/upop_params0.8_s0/model "
         "{runs}/full/upop_params0.9_s0/model --device {device} --runtimes eager,compile --seconds 2 "
-        "--out {out}/bench-tiny",
+        "--overwrite --out {out}/bench-tiny",
         15,
     ),
     Step(
         "bench-base",
         "upop bench {runs}/base/dense {runs}/base/model --device {device} --runtimes eager,compile --batches 1,64,256 "
-        "--seconds 2 --out {out}/bench-base",
+        "--seconds 2 --overwrite --out {out}/bench-base",
         10,
     ),
     # Dense models as small as what pruning leaves, from scratch, for as many epochs as pruning and what came before.

@@ -103,6 +103,8 @@ def usage(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "labels": [stock.config.id2label[index] for index in range(int(stock.config.num_labels))],
         "image_size": loaded.image_size,
+        # The part of the central square that is cut off at each side.
+        "border": (1 - loaded.image_size / (loaded.shorter_side or loaded.image_size)) / 2,
         "mean": list(loaded.mean),
         "std": list(loaded.std),
         "input": f"{INPUT}: RGB in [0, 1], minus mean, over std; float32 [batch, 3, image_size, image_size]",

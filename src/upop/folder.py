@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 OLDER = ".older.partial"  # what a folder is called while another takes its name
 MARK = ".upop-run"  # says that a run of upop made the folder
 FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
+FILES += ("report.html", "report.md")  # of `upop report RUN`
 FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints")
 TRACKED = "upop"  # what some trackers write: theirs to clear, since they begin before the folder is claimed
 
@@ -77,9 +78,9 @@ class RunFolder:
         refuse_if_held(self.path)
         if not overwrite:
             if self.holds_checkpoints and not (self.path / "result.json").exists():
+                way = f"--resume {shlex.quote(str(self.path))}"
                 raise UpopError(
-                    f"out {self.path}: holds a run that was stopped; go on with --resume {self.path}, or start over "
-                    "with --overwrite"
+                    f"out {self.path}: holds a run that was stopped; go on with {way}, or start over with --overwrite"
                 )
             early = "" if (self.path / "result.json").exists() else ", stopped before its first checkpoint"
             raise UpopError(f"out {self.path}: already holds a run{early}; choose another folder, or say --overwrite")

@@ -5,6 +5,7 @@ Returns models ready for a given number of classes, with the pixel statistics th
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class LoadedModel:
     trained: bool  # False: random weights
     folder: Path | None = None  # that it was loaded from
     notes: tuple[str, ...] = ()  # what was assumed and a reader of the results should know
+    shorter_side: int | None = None  # that images are resized to before `image_size` is cut out; None: to that
 
 
 def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedModel:
@@ -84,8 +86,12 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
     # Master weights: a folder saved in bfloat16 would otherwise be trained, and judged, in it.
     folder = fetch(name)
     model = load(str(folder), new_head=new_head).float()
-    size, mean, std, notes = _image_settings(name, model, folder)
-    return LoadedModel(model, size, mean, std, trained=True, folder=folder, notes=notes)
+    values = _processor_settings(folder)
+    size, mean, std, notes = _image_settings(name, model, values)
+    found = values.get("size")
+    shorter = found.get("shortest_edge") if isinstance(found, dict) and values.get("do_center_crop") else None
+    shorter = shorter if isinstance(shorter, int) and shorter >= size else None
+    return LoadedModel(model, size, mean, std, trained=True, folder=folder, notes=notes, shorter_side=shorter)
 
 
 def _shape(name: str) -> Shape | None:
@@ -166,7 +172,7 @@ def _plain(label: str) -> str:
 
 
 def _image_settings(
-    name: str, model: Any, folder: Path
+    name: str, model: Any, values: Mapping[str, Any]
 ) -> tuple[int, tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
     """Image size of the config; mean and std of the image processor or, without one, the model type's, with a note.
 
@@ -180,7 +186,6 @@ def _image_settings(
             f"{name}: expected a model of square RGB images, got image_size {vision.image_size} and "
             f"{vision.num_channels} channel(s)"
         )
-    values = _processor_settings(folder)
     mean, std = values.get("image_mean"), values.get("image_std")
     notes: tuple[str, ...] = ()
     if mean is None or std is None:
@@ -189,7 +194,14 @@ def _image_settings(
         notes = (f"{name}: no {PROCESSOR} says how images are normalised; assumed mean {mean}, std {std}",)
     if not (_is_three_numbers(mean) and _is_three_numbers(std) and min(std) > 0):
         raise ModelError(f"{name}/{PROCESSOR}: expected 3 means and 3 deviations > 0, got {mean}, {std}")
-    return size, tuple(mean), tuple(std), notes
+    # Ours are of pixels in [0, 1]; a processor may leave them at 0 to 255, or scale them otherwise.
+    factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ModelError(f"{name}/{PROCESSOR}: expected a rescale_factor > 0, got {factor!r}")
+    if values.get("do_normalize", True) is False:
+        mean, std, notes = (0.0,) * 3, (1.0,) * 3, ()
+    one = 255 * factor
+    return size, tuple(x / one for x in mean), tuple(x / one for x in std), notes
 
 
 def _processor_settings(folder: Path) -> dict[str, Any]:
@@ -214,7 +226,7 @@ def _is_three_numbers(value: Any) -> bool:
 
 
 def save_image_processor(folder: Path, loaded: LoadedModel) -> None:
-    """Write the preprocessor_config.json that makes pipelines treat images as training did."""
+    """Write the preprocessor_config.json that makes pipelines see images as they are when accuracy is measured."""
     _own_processor(loaded).save_pretrained(folder)
 
 
@@ -230,9 +242,14 @@ def image_processor(name: str, loaded: LoadedModel) -> Any:
 
 
 def _own_processor(loaded: LoadedModel) -> Any:
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    # CLIP's is the one that all releases know to resize the shorter side and take the central square.
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    side = {"height": loaded.image_size, "width": loaded.image_size}
-    return ViTImageProcessorPil(
-        size=side, image_mean=list(loaded.mean), image_std=list(loaded.std), resample=3, do_convert_rgb=True
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": loaded.shorter_side or loaded.image_size},
+        crop_size={"height": loaded.image_size, "width": loaded.image_size},
+        image_mean=list(loaded.mean),
+        image_std=list(loaded.std),
+        resample=3,
+        do_convert_rgb=True,
     )

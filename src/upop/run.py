@@ -5,6 +5,7 @@ Must not print, and leaves the work to `stages`.
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
         log.warning("%s; going back to the one before", what)
     with taking_over(f"--resume {folder}"):
         config = make_config({**state["config"], "out": str(folder)}, f"--resume {folder}")
+    _refuse_elsewhere(folder, config, state.get("began_in"))
     processes.join(device_type(config.device))
     with processes.naming_the_lost(lambda: _advice(RunFolder(folder))), cpu_threads(config.threads):
         plan = make_plan(config, latency=_table(state))
@@ -81,10 +83,21 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
         return _carry_out(plan, observer or Nobody(), str(state.get("command")), state)
 
 
+def _refuse_elsewhere(folder: Path, config: PruneConfig, began_in: object) -> None:
+    """Raise UpopError where model or data are there from where the run was begun, and not from here."""
+    if isinstance(began_in, str) and Path(began_in) != Path.cwd():
+        for path in map(Path, (config.model, config.data)):
+            if not path.exists() and Path(began_in, path).exists():
+                raise UpopError(
+                    f"--resume {folder}: expected {path} here, which this run reads; it was begun in {began_in}: go "
+                    "on from there"
+                )
+
+
 def _advice(folder: RunFolder) -> str:
     """What to type after a process was lost."""
     if folder.holds_checkpoints:
-        return f"see what the others say; then go on with --resume {folder.path}"
+        return f"see what the others say; then go on with --resume {shlex.quote(str(folder.path))}"
     return "see what the others say; then start again"
 
 

@@ -4,8 +4,11 @@ Must not train, measure or decide; what comes after what is in `upop.stages`.
 """
 
 import contextlib
+import dataclasses
 import logging
 import math
+import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -84,6 +87,7 @@ class Session:
             **self.plan.identity(),
             "config": self.plan.given.model_dump(),
             "command": self.command,
+            "began_in": os.getcwd(),
             "searched": self.searched,
             "masked": self.masked,
             "notes": self.notes,
@@ -120,7 +124,7 @@ class Session:
             return f"the run is complete, in {self.folder.path}"
         if not self.folder.holds_checkpoints:
             return f"no checkpoint is kept of it; {self.last_good()}"
-        return f"go on with --resume {self.folder.path}"
+        return f"go on with --resume {shlex.quote(str(self.folder.path))}"
 
     def last_good(self) -> str:
         """Where the weights of the last complete epoch are, and what is there to go on from."""
@@ -153,7 +157,9 @@ class Session:
 
         def fill(folder: Path) -> None:
             save_pretrained(model, folder)
-            save_image_processor(folder, self.plan.loaded)
+            # As these data were looked at, whatever the model came with.
+            seen = dataclasses.replace(self.plan.loaded, shorter_side=self.plan.data.shorter_side)
+            save_image_processor(folder, seen)
 
         self.folder.write_folder(name, fill)
 

@@ -78,9 +78,9 @@ def load_study(path: Path, out: Path, overrides: Mapping[str, Any] | None = None
     base = {"stages": "search,retrain"} | raw.get("base", {}) | overrides
     dense = None
     if "dense" in raw:
-        shared = {key: value for key, value in base.items() if key in ("data", "validation", "subset")}
+        shared = {key: value for key, value in base.items() if key in ("data", "validation", "subset", "skip_bad")}
         values = {"latency_seconds": base.get("latency_seconds", 5.0)} | shared | raw["dense"]
-        values |= {key: value for key, value in overrides.items() if key in ("data", "subset")}
+        values |= {key: value for key, value in overrides.items() if key in ("data", "subset", "threads")}
         values |= {"stages": "dense", "out": str(out / DENSE)}
         dense = StudyRun(DENSE, {}, make_config(values, f"{path} [dense]"))
         base["model"] = str(out / DENSE / "model")

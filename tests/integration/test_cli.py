@@ -332,3 +332,36 @@ def test_resuming_takes_no_other_option(refused, tmp_path):
 )
 def test_studies_reports_and_pictures_refuse_in_one_line(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+def test_a_report_replaces_reports_alone(upop, refused, tmp_path):
+    folder = Path(__file__).parents[2] / "results" / "crossed"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/report.md").write_text("# My own")
+    message = refused("report", folder, "--out", "docs")
+    assert message == "upop: docs/report.md: is no report of upop; choose another folder with --out\n"
+    assert (tmp_path / "docs/report.md").read_text() == "# My own"
+    for _ in range(2):
+        assert upop("report", folder, "--out", "mine")[0] == 0
+
+
+def test_a_run_is_taken_up_where_its_paths_lead_somewhere(upop, refused, tmp_path, monkeypatch):
+    begun = tmp_path / "where it began"
+    for name in ("a", "b"):
+        for number in range(12):
+            file = begun / "photos" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(file)
+    monkeypatch.chdir(begun)
+    stop = "import os, signal; from upop.observer import Nobody as N; from upop import run\n"
+    stop += "N.progress = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+    stop += "run.prune(run.make_config(dict(model='deit-digits', data='photos', out='half way', stages='dense', "
+    stop += "epochs_dense=9, batch_size=8)))"
+    assert subprocess.run([sys.executable, "-c", stop], capture_output=True, check=False).returncode != 0
+    _, _, message = upop("prune", "--model", "deit-digits", "--data", "photos", "--out", "half way")
+    assert "go on with --resume 'half way', or start over" in message
+    monkeypatch.chdir(tmp_path)
+    message = refused("prune", "--resume", begun / "half way")
+    assert f"expected photos here, which this run reads; it was begun in {begun}: go on from there" in message
+    monkeypatch.chdir(begun)
+    assert upop("prune", "--resume", "half way")[0] == 0

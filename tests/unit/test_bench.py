@@ -355,7 +355,13 @@ def test_the_command_says_where_no_accuracy_is_known_and_draws_nothing(tmp_path,
     (tmp_path / "out").mkdir()
     (tmp_path / "out/bench.png").write_text("of an older benchmark")
     mine, out = str(tmp_path / "mine"), tmp_path / "out"
-    cli_bench.bench(mine, [mine], runtimes="eager", batches="1", seconds="0", device="cpu", folder=out)
+    options = {"runtimes": "eager", "batches": "1", "seconds": "0", "device": "cpu", "folder": out}
+    (out / "bench.json").write_text("an older benchmark")
+    with pytest.raises(UpopError, match="already holds a bench; choose another folder, or say --overwrite"):
+        cli_bench.bench(mine, [mine], **options)
+    assert (out / "bench.json").read_text() == "an older benchmark"
+    assert (out / "bench.png").exists()
+    cli_bench.bench(mine, [mine], **options, overwrite=True)
     text = capsys.readouterr().out
     assert "no accuracy is known for mine, mine (2)" in text
     assert not (out / "bench.png").exists()

@@ -658,7 +658,7 @@ def test_a_broken_image_in_a_table_is_named_by_its_row(tmp_path: Path) -> None:
     cells = [{"bytes": encoded(image), "path": None} for image in pixels(20)]
     cells[11]["bytes"] = b"no image"
     parquet(tmp_path / "d" / "train-0.parquet", [0, 1] * 10, cells=cells)
-    with pytest.raises(DataError, match=r"d/train-0\.parquet row 11: expected an image, got UnidentifiedImageError"):
+    with pytest.raises(DataError, match=r"d/train-0\.parquet row 11: expected an image, got 8 bytes that Pillow"):
         load_data(str(tmp_path / "d"))
     data = load_data(str(tmp_path / "d"), skip_bad=True)
     assert data.skipped == (f"{tmp_path}/d/train-0.parquet row 11",)
@@ -843,7 +843,7 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (other_classes, "test: expected the same classes as in .*train, got 'b' in train but not in test; give both"),
     (no_train, "d: expected a folder train beside test, val, got none; add or rename it"),
     (two_validations, "d: expected one validation folder, got val and valid; remove one"),
-    (one_each, "d: validation: expected 2 images or more of every class for a stratified split, got 1 of 'b'; add"),
+    (one_each, "d: expected 3 images .*, to cut validation and test from, got 2 of 'b'; add"),
     (no_label_column, "expected a column 'label' or 'labels' or 'fine_label', got img, y; rename"),
     (no_image_column, "expected a column 'img' or 'image', got x, label; rename"),
     (text_as_image, r"expected encoded images \(bytes, .*\) in column 'img', got string; convert"),
@@ -1088,3 +1088,42 @@ def test_batches_never_make_the_host_wait_for_the_gpu_and_equal_those_of_the_cpu
         # All but a few: an operation that rounds makes a step of the last bit.
         assert ((x - u.cpu()).abs() > 1e-3 + 1e-3 * x.abs()).float().mean() < 1e-3
         torch.testing.assert_close(y, v.cpu(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "test"), ("train", "testing")], ids="-".join
+)
+def test_splits_are_known_however_people_call_them(tmp_path: Path, names: tuple[str, str]) -> None:
+    image_folder(tmp_path / "d", {names[0]: {"a": 10, "b": 10}, names[1]: {"a": 3, "b": 3}})
+    data = load_data(str(tmp_path / "d"))
+    assert data.classes == ("a", "b")
+    assert data.test is not None
+    assert (len(data.train) + len(data.validation), len(data.test)) == (20, 6)
+
+
+@pytest.mark.parametrize("name", ["dev", "Val", "validation", "eval"])
+def test_a_validation_split_is_known_however_people_call_it(tmp_path: Path, name: str) -> None:
+    image_folder(tmp_path / "d", {"train": {"a": 10, "b": 10}, name: {"a": 3, "b": 2}})
+    assert len(load_data(str(tmp_path / "d")).validation) == 5
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    image_folder(tmp_path / "d", {"": {"train": 6, "bus": 6, "test": 6}})
+    assert load_data(str(tmp_path / "d")).classes == ("bus", "test", "train")
+
+
+def test_images_beside_the_splits_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    image_folder(tmp_path / "d", {"train": {"a": 10, "b": 10}, "more": {"a": 3, "b": 2}})
+    with pytest.raises(DataError, match=r"d: expected splits alone beside train, got more with images in it; call it"):
+        load_data(str(tmp_path / "d"))
+    (tmp_path / "d/more").rename(tmp_path / "d/.more")
+    (tmp_path / "d/annotations").mkdir()
+    (tmp_path / "d/annotations/a.txt").write_text("")
+    assert load_data(str(tmp_path / "d")).classes == ("a", "b")
+
+
+def test_a_file_that_is_no_image_is_named_with_its_size(tmp_path: Path) -> None:
+    image_folder(tmp_path / "d", {"": {"a": 10, "b": 10}})
+    (tmp_path / "d/a/000.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"d/a/000\.png: expected an image, got 0 bytes that Pillow"):
+        load_data(str(tmp_path / "d"))

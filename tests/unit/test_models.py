@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from upop.data import Batches, load_data
 from upop.errors import ModelError
-from upop.models import CIFAR_MEAN, fit_head_, load_model
+from upop.models import CIFAR_MEAN, LoadedModel, fit_head_, load_model, save_image_processor
 
 
 def test_built_in_shapes_are_the_same_for_the_same_seed():
@@ -123,3 +127,57 @@ def test_models_of_grey_images_are_refused(make_model, tmp_path):
     make_model(num_channels=1).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"square RGB images, got image_size 32 and 1 channel"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[(64, 64)], [(96, 64)], [(40, 120)], [(64, 64), (96, 48), (50, 70)]],
+    ids=["square", "wide", "tall", "mixed"],
+)
+def test_the_saved_processor_sees_what_accuracy_is_measured_on(make_model, tmp_path, sizes):
+    """Smooth pictures: how two libraries resize noise is not the question, but which part of a picture they see."""
+    y, x = np.mgrid[0:1:128j, 0:1:128j]
+    for number in range(24):
+        pixels = np.stack([x, y, x * y], -1) * 255
+        file = tmp_path / "data" / "ab"[number % 2] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype("uint8")).resize(sizes[number % len(sizes)], Image.Resampling.BILINEAR).save(
+            file
+        )
+    data = load_data(str(tmp_path / "data"), image_size=32)
+    loaded = LoadedModel(make_model(), 32, (0.4,) * 3, (0.2,) * 3, trained=True, shorter_side=data.shorter_side)
+    save_image_processor(tmp_path, loaded)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    how = {"size": 32, "mean": (0.4,) * 3, "std": (0.2,) * 3, "num_classes": 2, "device": torch.device("cpu")}
+    batches = Batches(data.train, batch_size=64, **how)
+    ours = torch.cat([images for images, _ in batches])
+    files = [Image.open(path) for path in sorted((tmp_path / "data").rglob("*.png"))]
+    theirs = processor(images=files, return_tensors="pt")["pixel_values"]
+    distance = (ours[:, None] - theirs[None]).abs().flatten(2).amax(2).amin(1)
+    assert float(distance.max()) < 0.1, "four of 256 steps: crops round to a pixel"
+
+
+def test_the_processor_of_a_folder_says_how_its_images_are_cut(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    save_image_processor(tmp_path, LoadedModel(model, 32, (0.5,) * 3, (0.5,) * 3, trained=True, shorter_side=37))
+    assert load_model(str(tmp_path)).shorter_side == 37
+
+
+@pytest.mark.parametrize(
+    ("said", "mean", "std"),
+    [
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51.0] * 3}, 0.5, 0.2),
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3}, 0.5, 0.5),
+        ({"do_normalize": False, "do_rescale": False}, 0.0, 1 / 255),
+    ],
+)
+def test_images_are_scaled_as_the_folders_processor_scales_them(make_model, tmp_path, said, mean, std):
+    make_model().save_pretrained(tmp_path)
+    usual = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | said))
+    loaded = load_model(str(tmp_path))
+    assert loaded.mean == pytest.approx((mean,) * 3)
+    assert loaded.std == pytest.approx((std,) * 3)
+    assert loaded.notes == ()

@@ -143,3 +143,15 @@ def test_load_config_reads_what_a_run_saved(tmp_path):
     config = make_config({"model": "deit-digits", "data": "digits", "epochs_search": 0.5})
     (tmp_path / "c.toml").write_text(config.to_toml())
     assert make_config(load_config(tmp_path / "c.toml")) == config
+
+
+def test_what_the_dense_model_needs_of_the_data_and_the_machine_reaches_it(tmp_path):
+    (tmp_path / "few.toml").write_text(
+        '[dense]\nmodel = "deit-digits"\n[base]\ndata = "digits"\nskip_bad = true\nthreads = 1\n[[grid]]\nseed = 0\n'
+    )
+    dense = load_study(tmp_path / "few.toml", tmp_path / "out").dense
+    assert dense is not None
+    assert (dense.config.skip_bad, dense.config.threads) == (True, None)
+    dense = load_study(tmp_path / "few.toml", tmp_path / "out", {"threads": "2"}).dense
+    assert dense is not None
+    assert dense.config.threads == 2

@@ -27,6 +27,7 @@ def bench(
     threads: Annotated[str | None, typer.Option(help="CPU threads [torch's own choice]", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     folder: Annotated[Path, typer.Option("--out", help="folder for bench.json and bench.png")] = Path("runs/bench"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the bench that OUT already holds")] = False,
 ) -> None:
     """Time dense and pruned models side by side, in turns, in every runtime, dtype and batch.
 
@@ -44,7 +45,7 @@ def bench(
         threads=None if threads is None else _whole("--threads", threads),
         device=device,
     )
-    _prepare(folder)
+    _prepare(folder, overwrite=overwrite)
     began = time.monotonic()
     try:
         with BenchWatcher() as watcher:
@@ -87,8 +88,12 @@ def _seconds(text: str) -> float:
         raise UpopError(f"--seconds: expected a number such as 5 or 0.5, got {text!r}") from None
 
 
-def _prepare(folder: Path) -> None:
+def _prepare(folder: Path, *, overwrite: bool) -> None:
     """Before anything is measured: the folder is there, can be written to, and no run's."""
+    from upop.benchrun import FILE
+
+    if (folder / FILE).exists() and not overwrite:
+        raise UpopError(f"out {folder}: already holds a bench; choose another folder, or say --overwrite")
     if (folder / MARK).exists() or (folder / "config.json").exists():
         raise UpopError(f"out {folder}: holds a run or a model; choose another folder")
     if folder.exists() and not folder.is_dir():

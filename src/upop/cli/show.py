@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def print_plan(plan: Any) -> None:
     from upop.targets import amount
 
@@ -105,8 +110,9 @@ def print_plan(plan: Any) -> None:
     before, after = plan.analysis.params, plan.params_after
     out.print(str(plan.analysis), markup=False)
     out.print(f"images: {plan.data.name}: {images}", markup=False)
-    listed = ", ".join(stages[stage] for stage in STAGES if stage in stages)
-    out.print(f"stages: {listed}, of {c.batch_size} images each")
+    out.print(f"classes: {len(plan.data.classes)}: {listed(plan.data.classes)}", markup=False)
+    said = ", ".join(stages[stage] for stage in STAGES if stage in stages)
+    out.print(f"stages: {said}, of {c.batch_size} images each")
     out.print(plan.promise(), markup=False)
     out.print(
         f"parameters: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed); about "

@@ -136,6 +136,9 @@ def animate(
 def _write_report(results: Path, target: Path) -> None:
     from upop.report.page import build
 
+    for name, ours in (("report.html", "<title>upop: "), ("report.md", "# upop: ")):
+        if (target / name).exists() and ours not in (target / name).read_text(encoding="utf-8", errors="replace"):
+            raise UpopError(f"{target / name}: is no report of upop; choose another folder with --out")
     made = build(results)
     target.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.html", made.html), ("report.md", made.markdown)):

@@ -36,6 +36,8 @@ SUFFIXES = frozenset(
         ".tga",
     ]
 )
+# What people call these folders; files and tables keep to the Hub's names.
+NAMES = SPLITS | {"training": "train", "dev": "validation", "eval": "validation", "testing": "test"}
 IGNORED = frozenset({"thumbs.db", "desktop.ini"})  # put there by Windows; hidden files are ignored as well
 CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_FILES = (*CIFAR_TRAIN, "test_batch", "batches.meta")
@@ -89,19 +91,39 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each split, train first; a folder of class folders is all train."""
+    """The folder of each split, train first; a folder of class folders is all train.
+
+    A class may have a split's name: beside class folders of other names its folder, too, holds images itself.
+    """
     inside = [file for file in _visible(folder) if file.is_dir()]
-    found = [file for file in inside if file.name in SPLITS]
-    if not found:
+    found = [file for file in inside if file.name.casefold() in NAMES]
+    others = [file for file in inside if file not in found and _holds_images(file)]
+    if not found or (others and all(map(_is_class, found))):
         return {"train": folder}
-    if "train" not in (names := [file.name for file in found]):
-        raise DataError(f"{folder}: expected a folder train beside {', '.join(names)}, got none; add or rename it")
-    splits = {"train": folder / "train"}
+    splits: dict[str, Path] = {}
     for file in found:
-        other = splits.setdefault(SPLITS[file.name], file)
-        if other != file:
-            raise DataError(f"{folder}: expected one validation folder, got {other.name} and {file.name}; remove one")
-    return splits
+        split = NAMES[file.name.casefold()]
+        if (other := splits.setdefault(split, file)) != file:
+            raise DataError(f"{folder}: expected one {split} folder, got {other.name} and {file.name}; remove one")
+    if "train" not in splits:
+        names = ", ".join(file.name for file in found)
+        raise DataError(f"{folder}: expected a folder train beside {names}, got none; add or rename it")
+    if others:
+        raise DataError(
+            f"{folder}: expected splits alone beside {splits['train'].name}, got {others[0].name} with images in it; "
+            "call it train, val or test, or take it out"
+        )
+    return {"train": splits.pop("train")} | splits
+
+
+def _is_class(folder: Path) -> bool:
+    """Whether a folder holds images itself."""
+    return any(file.is_file() and file.suffix.lower() in SUFFIXES for file in _visible(folder))
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether there is an image in a folder, or in a folder in it."""
+    return _is_class(folder) or any(_is_class(file) for file in _visible(folder) if file.is_dir())
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from upop.errors import DataError, UpopError, said
 from upop.reading import read_bytes
@@ -130,6 +130,11 @@ def decode(items: Items, index: int, size: Size) -> Pixels:
         raise
     except UpopError as error:
         raise DataError(f"{error}, or leave such files out with skip_bad") from error
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{full_name(items, index)}: expected an image, got {len(items.read(index)):,} bytes that Pillow does not "
+            "know as one; remove or replace it, or leave such files out with skip_bad"
+        ) from None
     except Exception as error:  # Pillow's decoders raise about anything on broken files
         raise DataError(
             f"{full_name(items, index)}: expected an image, got {said(error, 300)}; "
@@ -255,10 +260,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def shorter_side(size: int) -> int:
+    """What the shorter side of an image is resized to before its central square of `size` is cut out."""
+    return round(size * 256 / 224)
+
+
 def _centre(image: Image.Image, size: int) -> Image.Image:
     if max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{image.size[0]:,} x {image.size[1]:,} pixels, one side more than {LONGEST} times the other")
-    shorter = round(size * 256 / 224)
+    shorter = shorter_side(size)
     scale = shorter / min(image.size)
     width, height = (max(shorter, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

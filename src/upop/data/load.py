@@ -21,6 +21,7 @@ from upop.data.items import (
     decode_all,
     find_bad,
     full_name,
+    shorter_side,
 )
 from upop.data.listing import Listing
 from upop.data.rows import ParquetItems, for_random_access, free_row_groups
@@ -64,7 +65,7 @@ def load_data(
     listing = find(spec, skip_bad=skip_bad)
     check_classes(listing.labels, listing.parts, listing.classes, listing.name)
     parts = _with_subset(_with_all_parts(listing, validation, seed), listing, subset, seed)
-    splits, bad = _splits(listing, parts, _Limits(memory_limit, image_size, skip_bad))
+    splits, bad, kept = _splits(listing, parts, _Limits(memory_limit, image_size, skip_bad))
     fingerprint = _fingerprint(splits)
     free_row_groups()
     return ImageData(
@@ -75,6 +76,8 @@ def load_data(
         test=splits["test"],
         fingerprint=fingerprint,
         skipped=(*listing.skipped, *bad),
+        # What has one size is resized as a whole, later.
+        shorter_side=image_size if kept else shorter_side(image_size),
     )
 
 
@@ -82,6 +85,7 @@ def _with_all_parts(listing: Listing, validation: int | float | None, seed: int)
     """Train, validation and test; the missing ones cut from train."""
     parts = dict(listing.parts)
     total = len(parts["train"])
+    _check_enough(listing)
     default = max(round(listing.share * total), len(listing.classes))
     if validation is not None and "validation" in parts:
         raise DataError(
@@ -95,6 +99,18 @@ def _with_all_parts(listing: Listing, validation: int | float | None, seed: int)
             rest, taken = _cut(listing, pool, count, seed, part)
             parts["train"], parts[part] = pool[rest], pool[taken]
     return parts
+
+
+def _check_enough(listing: Listing) -> None:
+    """Raise DataError where a class has too few images to be in train and in all that is cut from it."""
+    cut_off = [part for part in PARTS[1:] if part not in listing.parts]
+    least = 1 + len(cut_off)
+    sizes = np.bincount(listing.labels[listing.parts["train"]], minlength=len(listing.classes))
+    for label in np.flatnonzero((sizes > 0) & (sizes < least)).tolist()[:1]:
+        raise DataError(
+            f"{listing.name}: expected {least} images or more of every class in train, to cut {' and '.join(cut_off)} "
+            f"from, got {sizes[label]} of {listing.classes[label]!r}; add images"
+        )
 
 
 def _count(validation: int | float, total: int) -> int:
@@ -121,11 +137,11 @@ def _with_subset(parts: dict[str, Ints], listing: Listing, subset: int | None, s
     return kept
 
 
-def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[dict[str, Split], list[str]]:
-    """The splits, and the names of broken images, which are in none of them."""
+def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[dict[str, Split], list[str], bool]:
+    """The splits, the names of broken images, which are in none of them, and whether images are kept as they are."""
     items, labels = listing.images, listing.labels
     if isinstance(items, np.ndarray):
-        return _in_memory(items, labels, parts), []
+        return _in_memory(items, labels, parts), [], True
     needed = np.unique(np.concatenate(list(parts.values())))
     decoded = _decoded(items, needed, listing.key, limits)
     bad = needed[decoded[1]] if decoded is not None else _known_bad(items, needed, listing.key, limits)
@@ -134,9 +150,9 @@ def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[
         check_classes(labels, parts, listing.classes, f"{listing.name} without its broken files")
     names = [full_name(items, index) for index in bad.tolist()]
     if decoded is None:
-        return _streamed(items, labels, parts, listing.key, limits), names
+        return _streamed(items, labels, parts, listing.key, limits), names, False
     places = {part: np.searchsorted(needed, index) for part, index in parts.items()}
-    return _in_memory(decoded[0], labels[needed], places), names
+    return _in_memory(decoded[0], labels[needed], places), names, decoded[2]
 
 
 def _in_memory(pixels: Pixels, labels: Ints, parts: dict[str, Ints]) -> dict[str, Split]:
@@ -157,14 +173,17 @@ def _streamed(
     }
 
 
-def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tuple[Pixels, Ints] | None:
-    """Pixels of the needed images and which of these are broken; None where they would not fit in memory."""
+def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tuple[Pixels, Ints, bool] | None:
+    """Pixels of the needed images, which of these are broken, and whether they have the size that they had.
+
+    None where they would not fit in memory.
+    """
     # Once sizes are known to differ, there is no use in decoding up to the first odd one every time.
     mark = f"{key}-differ" if key and len(needed) == len(items) else None
     differ = cache.read(mark, np.int64, (0,)) is not None
     for size in _sizes(Chosen(items, needed), limits, differ=differ):
         try:
-            return _at_size(items, needed, size, key, limits.skip_bad)
+            return *_at_size(items, needed, size, key, limits.skip_bad), size is None
         except SizesDifferError:
             cache.write(mark, np.empty(0, dtype=np.int64))
     return None

@@ -57,6 +57,7 @@ class ImageData:
     test: Split | None
     fingerprint: str  # sha256 of all images and labels, in order (streams: of names, sizes and labels)
     skipped: tuple[str, ...]  # files left out on request
+    shorter_side: int  # that images are resized to, before their central square of the model's size is taken
 
     def facts(self) -> dict[str, Any]:
         """What a result says of its data, as plain values."""
