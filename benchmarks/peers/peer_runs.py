@@ -140,9 +140,7 @@ def _config(job: Job, options: Options, out: str) -> PruneConfig:
         epochs_search=0 if one_shot else options.epochs * options.search_share,
         epochs_retrain=options.epochs * (1 if one_shot else 1 - options.search_share),
         **ONE_SHOT,
-        # Peers learn from labels, and take any widths.
-        distill=0.0,
-        align="none",
+        align="none",  # peers take any widths
         lr_retrain=job.rate or options.rates[0],
         seed=job.seed,
         subset=options.subset,

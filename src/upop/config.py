@@ -92,11 +92,8 @@ class PruneConfig(BaseModel):
     weight_decay: float = Field(0.05, ge=0, description="decoupled; never on norms, biases, tokens, positions")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of a stage's steps for the learning rate to rise")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
-    distill: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="weight of the dense model's soft labels in search and retrain (1 after a one-shot ranking)",
+    distill: float = Field(
+        0.0, ge=0, le=1, description="weight of the dense model's soft labels in search and retrain"
     )
     distill_features: float = Field(
         0.0, ge=0, description="weight of the dense model's last hidden states in search and retrain"
@@ -300,14 +297,6 @@ class PruneConfig(BaseModel):
         return "least-squares" if self.one_shot else "none"
 
     @property
-    def how_much_to_distill(self) -> float:
-        """Resolved weight of soft labels: the dense model is its own best teacher where it was cut at once.
-
-        Beside a search it has brought nothing that could be told from none (docs/recipe.md).
-        """
-        return self.distill if self.distill is not None else float(self.one_shot and self.has("retrain"))
-
-    @property
     def _effects_alone_count(self) -> bool:
         """Whether units are best ranked by their first-order effects on the loss as they are.
 
@@ -348,7 +337,6 @@ class PruneConfig(BaseModel):
                 "shrink": self.shrink or METHODS[self.method].shrink,
                 "compensate": self.how_to_compensate,
                 "normalise": self.normalise or ("none" if self._effects_alone_count else "zscore"),
-                "distill": self.how_much_to_distill,
                 "device": device_type,
                 "precision": precision,
                 "attention": attention if self.attention == "auto" else self.attention,
@@ -376,9 +364,6 @@ def is_given(found: object, config: PruneConfig) -> bool:
         return False
     # An option that was not known was as it is by default.
     usual = {name: PruneConfig.model_fields[name].default for name in wanted if name not in found}
-    # Soft labels had a weight before they had one to be chosen.
-    if wanted["distill"] is None and found.get("distill") == config.how_much_to_distill:
-        found = found | {"distill": None}
     unused = {name for stage, names in UNUSED_WITHOUT.items() if not config.has(stage) for name in names}
     return all(wanted.get(name) == value for name, value in (usual | found).items() if name not in unused)
 

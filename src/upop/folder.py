@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 OLDER = ".older.partial"  # what a folder is called while another takes its name
 MARK = ".upop-run"  # says that a run of upop made the folder
-FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png", "search.html")
-FILES += ("report.html", "report.md")  # of `upop report RUN`
+RUN_FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png")
+FILES = (*RUN_FILES, "search.html", "report.html", "report.md")  # and what other commands leave beside them
 FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints")
 TRACKED = "upop"  # what some trackers write: theirs to clear, since they begin before the folder is claimed
 

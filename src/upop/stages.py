@@ -227,7 +227,7 @@ class Stages:
             warmup=c.warmup,
             decay="constant" if stage == "search" else "cosine",
             label_smoothing=c.label_smoothing,
-            distill=c.how_much_to_distill if teacher is not None else 0.0,
+            distill=c.distill if teacher is not None else 0.0,
             distill_features=c.distill_features if teacher is not None else 0.0,
             temperature=c.temperature,
             clip=c.clip,

@@ -90,14 +90,6 @@ def test_options_of_stages_that_are_not_run_do_not_make_another_run():
     assert not is_given(given_values(dense) | {"of_another_time": 3}, dense)
 
 
-def test_a_result_from_before_soft_labels_were_the_default_is_that_of_a_run_without():
-    for same in ({"stages": "dense"}, {"epochs_search": 1}, {"epochs_search": 0, "distill": 0.0}):
-        config = make_config(NEEDED | same)
-        assert is_given(given_values(config) | {"distill": 0.0}, config)
-    once = make_config(NEEDED | {"epochs_search": 0})
-    assert not is_given(given_values(once) | {"distill": 0.0}, once)
-
-
 @pytest.mark.parametrize(
     ("options", "how"),
     [
@@ -113,27 +105,6 @@ def test_a_result_from_before_soft_labels_were_the_default_is_that_of_a_run_with
 def test_effects_on_the_loss_are_ranked_as_they_are_only_where_nothing_is_retrained(options, how):
     resolved = make_config(NEEDED | options).resolve(trained=True, device_type="cpu")
     assert resolved.normalise == how
-
-
-@pytest.mark.parametrize(
-    ("options", "weight"),
-    [
-        ({}, 1.0),
-        ({"epochs_search": 0, "stages": "search,retrain"}, 1.0),
-        ({"method": "magnitude", "epochs_search": 0}, 1.0),
-        ({"epochs_search": 1}, 0.0),
-        ({"max_drop": 0.01}, 0.0),
-        ({"stages": "retrain"}, 0.0),
-        ({"stages": "dense"}, 0.0),
-        ({"recipe": "paper"}, 0.0),
-        ({"distill": 0.0}, 0.0),
-        ({"distill": 0.5, "epochs_search": 1}, 0.5),
-    ],
-)
-def test_the_dense_model_teaches_what_was_cut_at_once_unless_something_else_is_said(options, weight):
-    config = make_config(NEEDED | options)
-    for same in (config, make_config(config.model_dump())):
-        assert same.resolve(trained=True, device_type="cpu").distill == weight
 
 
 def test_what_the_user_says_is_never_replaced():
