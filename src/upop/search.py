@@ -357,6 +357,8 @@ class Search:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Raises UpopError where it belongs to a search with other settings."""
+        if not isinstance(state, Mapping) or "settings" not in state:
+            raise UpopError("Search.load_state_dict(): expected what Search.state_dict() gives, got something else")
         theirs, ours = state["settings"], self._settings()
         if different := [key for key in ours if theirs.get(key) != ours[key]]:
             key = different[0]

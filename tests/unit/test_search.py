@@ -728,6 +728,7 @@ def test_a_state_that_was_loaded_is_nobody_elses(make_model, images):
         (lambda m: Search("model", target=HALF, steps=2), r"expected a torch\.nn\.Module, got str"),
         (lambda m: Search(m, target=HALF, steps=2, align=8), r"^align: expected multiples by kind, .* got 8"),
         (lambda m: Search(m, target=Target(params=[0.5]), steps=2), r"^target .* got list"),
+        (lambda m: Search(m, target=HALF, steps=2).load_state_dict({}), r"expected what Search\.state_dict\(\) gives"),
         (lambda m: upop.analyze(m, align={"mpl": 8}), r"^align: expected kinds among attn, mlp, got 'mpl'"),
         (lambda m: upop.analyze(m, align={"mlp": 0}), r"^align: mlp: expected a whole number"),
         (lambda m: upop.slim(m, {s.name: [True] * s.units for s in find_structures(m)}), r"got list$"),
