@@ -278,7 +278,7 @@ class Search:
 
     def _refuse_untrained(self) -> None:
         """Raise UpopError where masks that the optimizer was to train are all still what they began as."""
-        if all(bool((mask == 1).all()) for mask in self.masks.values.values()):
+        if not bool(torch.stack([(mask != 1).any().to(self._scores.device) for mask in self.trained_masks()]).any()):
             raise UpopError(
                 f"Search.step(): after {self.steps_done} steps no mask has moved, and method {self._name} ranks by "
                 "trained masks; give search.trained_masks() to the optimizer, without weight decay"

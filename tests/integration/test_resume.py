@@ -123,7 +123,7 @@ def test_every_kind_of_search_goes_on_to_the_same_bits(tmp_path, options):
 def test_a_run_that_ranks_once_because_nothing_else_was_said_goes_on_as_that(tmp_path, stage, step):
     outs = [tmp_path / "whole", tmp_path / "broken"]
     left_open = {name: value for name, value in OPTIONS.items() if name not in ("epochs_search", "epochs_retrain")}
-    configs = [make_config({**left_open, "epochs_dense": 1, "out": str(out)}) for out in outs]
+    configs = [make_config({**left_open, "epochs_dense": 1, "subset": 128, "out": str(out)}) for out in outs]
     whole = prune(configs[0])
     with pytest.raises(MemoryError):
         prune(configs[1], observer=Breaks(stage, step))
