@@ -162,6 +162,8 @@ def from_scratch() -> Iterator[tuple[str, str, float, float]]:
     for data in (json.loads(path.read_text()) for path in paths):
         ratio = min(RATIOS, key=lambda ratio: abs(ratio - 1 + data["params"]["after"] / dense))
         epochs = f"{data['config']['epochs_dense']:g} from scratch"
+        # What the smallest of these had was mixup alone, as the dense model of `claims`.
+        epochs += ", TrivialAugment" if data["config"].get("randaugment") else ""
         yield epochs, OPTIMIZERS[data["config"]["optimizer"]], ratio, 100 * data["accuracy"]["dense"]["test"]
 
 
