@@ -78,12 +78,16 @@ class RunFolder:
         refuse_if_held(self.path)
         if not overwrite:
             if self.holds_checkpoints and not (self.path / "result.json").exists():
-                way = f"--resume {shlex.quote(str(self.path))}"
                 raise UpopError(
-                    f"out {self.path}: holds a run that was stopped; go on with {way}, or start over with --overwrite"
+                    f"out {self.path}: holds a run that was stopped; {self.way_on}, or start over with --overwrite"
                 )
             early = "" if (self.path / "result.json").exists() else ", stopped before its first checkpoint"
             raise UpopError(f"out {self.path}: already holds a run{early}; choose another folder, or say --overwrite")
+
+    @property
+    def way_on(self) -> str:
+        """What to type to take up the run that was stopped here, as a shell takes it."""
+        return f"go on with --resume {shlex.quote(str(self.path))}"
 
     @property
     def holds_checkpoints(self) -> bool:

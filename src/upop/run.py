@@ -5,7 +5,6 @@ Must not print, and leaves the work to `stages`.
 
 import contextlib
 import logging
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def _refuse_elsewhere(folder: Path, config: PruneConfig, began_in: object) -> No
 def _advice(folder: RunFolder) -> str:
     """What to type after a process was lost."""
     if folder.holds_checkpoints:
-        return f"see what the others say; then go on with --resume {shlex.quote(str(folder.path))}"
+        return f"see what the others say; then {folder.way_on}"
     return "see what the others say; then start again"
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import math
 import os
-import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -124,7 +123,7 @@ class Session:
             return f"the run is complete, in {self.folder.path}"
         if not self.folder.holds_checkpoints:
             return f"no checkpoint is kept of it; {self.last_good()}"
-        return f"go on with --resume {shlex.quote(str(self.folder.path))}"
+        return self.folder.way_on
 
     def last_good(self) -> str:
         """Where the weights of the last complete epoch are, and what is there to go on from."""

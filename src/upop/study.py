@@ -153,6 +153,7 @@ def run_study(
 
         def carry_out(runs: tuple[StudyRun, ...]) -> None:
             todo = _todo(standing, runs, retry_failed)
+            _refuse_to_replace(standing, todo, overwrite)
             by_label = {run.label: run for run in todo}
             started: dict[str, float] = {}
 
@@ -182,7 +183,6 @@ def run_study(
                     f"see {out / 'logs'}, mend it and use --retry-failed"
                 )
             log.info("dense: %s", result["accuracy"])
-            _refuse_to_replace(standing, _todo(standing, study.runs, retry_failed), overwrite)
         carry_out(study.runs)
         write_manifest(standing)
         failed = {r.label: f for r in everything if (f := standing.failure(r)) is not None}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from upop.errors import ModelError, said
-from upop.families import find_structures
+from upop.families import OTHERWISE, find_structures
 from upop.families.parts import installed
 from upop.structures import Structure, widths
 from upop.surgery import cut_
@@ -23,7 +23,6 @@ from upop.vetting import Promise, check_shapes
 
 KEY, WEIGHTS = "upop", "model.safetensors"
 ADVICE = "give what it was made with: upop.save_pretrained(model, folder, timm_args={...})"
-OTHERWISE = "save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
 
 
 def save(model: nn.Module, folder: Path, arguments: Mapping[str, Any] | None = None) -> None:

@@ -33,6 +33,10 @@ __all__ = [
 ]
 
 
+# What to do with a slimmed model that no folder can describe.
+OTHERWISE = "save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
+
+
 def refuse_saving_(model: nn.Module) -> None:
     """Make a slimmed model that no library could load again refuse `save_pretrained`, where it has one."""
     if callable(getattr(model, "save_pretrained", None)):
@@ -42,7 +46,7 @@ def refuse_saving_(model: nn.Module) -> None:
 def _refuse_saving(name: str, *args: object, **kwargs: object) -> NoReturn:
     raise ModelError(
         f"{name}: expected a slimmed model that a folder can describe (see docs/families.md), got one of another "
-        "family; save its state_dict() and the keep, and load them into upop.slim(dense_model, keep)"
+        f"family; {OTHERWISE}"
     )
 
 
