@@ -35,7 +35,7 @@ SEAL = "seal.json"  # written last: the digests of the others
 
 
 class Keeper:
-    """Writes checkpoints below `folder`: every `minutes`, and at once when the process is asked to end."""
+    """Writes checkpoints below `folder`: every `minutes` (0: never), and at once when the process is asked to end."""
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder, self._seconds = folder, 60 * minutes
@@ -44,7 +44,9 @@ class Keeper:
 
     @property
     def due(self) -> bool:
-        return self.signal is not None or time.monotonic() - self._latest >= self._seconds
+        if self.signal is not None:
+            return True
+        return self._seconds > 0 and time.monotonic() - self._latest >= self._seconds
 
     @property
     def asked(self) -> int:

@@ -18,8 +18,8 @@ KEEP = "study.json"
 def collect(source: Path, target: Path) -> int:
     """Copy every result below `source` to `target/<label>.json`, and study.json; returns how many results.
 
-    Older result files there that no run in `source` stands behind are removed. Raises UpopError where `source` holds
-    no results, or broken ones, and where `target` holds other JSON files.
+    Older results of the same study that no run in `source` stands behind any more are removed. Raises UpopError where
+    `source` holds no results, or broken ones, and where `target` holds those of another study, or other JSON files.
     """
     load_results(source)  # refuses what is broken before anything is copied
     labels = {path.parent.name: path for path in source.glob("*/result.json")}
@@ -32,9 +32,15 @@ def collect(source: Path, target: Path) -> int:
                 f"{path}: expected nothing but results here, got another JSON file; name a folder for them alone "
                 "with --out"
             )
+    ours, theirs = _study(source), _study(target)
+    if others and ours != theirs:
+        raise UpopError(
+            f"{target}: holds the results of {theirs or 'no study'}, these are of {ours or 'no study'}; name another "
+            "folder with --out"
+        )
     target.mkdir(parents=True, exist_ok=True)
     for old in others:
-        if old.stem not in labels:
+        if ours is not None and old.stem not in labels:
             old.unlink()
     for label, path in labels.items():
         text = json.dumps(read_json(path), separators=(",", ":"))
@@ -42,6 +48,14 @@ def collect(source: Path, target: Path) -> int:
     if (source / KEEP).is_file():
         shutil.copyfile(source / KEEP, target / KEEP)
     return len(labels)
+
+
+def _study(folder: Path) -> str | None:
+    """The study that a folder is of, in words."""
+    try:
+        return f"the study {read_json(folder / KEEP)['name']!r}"
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _is_result(path: Path) -> bool:

@@ -84,6 +84,27 @@ class RunFolder:
             early = "" if (self.path / "result.json").exists() else ", stopped before its first checkpoint"
             raise UpopError(f"out {self.path}: already holds a run{early}; choose another folder, or say --overwrite")
 
+    def check_restart(self, config: str, *, kept: bool) -> None:
+        """Raise UpopError where a run of `config` would start over, with nothing to go on from, on what may be missed.
+
+        That is: models, unless of the minutes before a first checkpoint (`kept`: they are), and what is left of
+        another configuration.
+        """
+        if not self.main or not (self.path / "config.toml").exists():
+            return
+        names = FOLDERS[:3] if kept and not self.holds_checkpoints else FOLDERS[:4]
+        models = [name for name in (*names, "result.json") if (self.path / name).exists()]
+        if models:
+            raise UpopError(
+                f"out {self.path}: holds a run that cannot be taken up, its {' and '.join(models)} would be lost; "
+                "choose another folder, or add --overwrite"
+            )
+        if (self.path / "config.toml").read_text(encoding="utf-8") != config:
+            raise UpopError(
+                f"out {self.path}: holds a run with another configuration, stopped before its first checkpoint; "
+                "choose another folder, or add --overwrite"
+            )
+
     @property
     def way_on(self) -> str:
         """What to type to take up the run that was stopped here, as a shell takes it."""

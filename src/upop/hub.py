@@ -21,6 +21,7 @@ WANTED = (
     "model*.safetensors",
     "model*.index.json",
 )
+SUBFOLDERS = "*/*"  # to be left out: in the Hub's patterns a star stands for slashes as well
 LOGIN = "log in with `hf auth login`"
 
 
@@ -35,7 +36,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        folder = Path(snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=SUBFOLDERS))
     except HFValidationError:
         raise ModelError(f"{name}: no such local folder, and no name that the Hub could know; check it") from None
     except Exception as error:  # the network's, the server's, the disk's: each with an exception of its own

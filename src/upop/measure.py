@@ -107,8 +107,7 @@ def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: n
     """Batch size -> before and after, timed in turns, on the first process's device while the others wait."""
     if processes.index() > 0:
         return {}
-    # Copies: a copy is not compiled, so that both are timed alike.
-    pair = {"before": copy.deepcopy(dense), "after": copy.deepcopy(final)}
+    pair = _as_loaded(dense, final)
     found = {
         batch: compare_latency(
             pair,
@@ -122,6 +121,14 @@ def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: n
     return {str(batch): {name: asdict(value) for name, value in each.items()} for batch, each in found.items()}
 
 
+def _as_loaded(dense: nn.Module, final: nn.Module) -> dict[str, nn.Module]:
+    """Copies, which are not compiled, with the attention kernel that loading gives them, not that of training."""
+    pair = {"before": copy.deepcopy(dense), "after": copy.deepcopy(final)}
+    for model in pair.values():
+        set_attention(model)
+    return pair
+
+
 def measure_promise(plan: Plan, dense: nn.Module, final: nn.Module) -> dict[str, Any]:
     """What became of a target in latency: the passes that it is about, timed in turns; empty for other targets."""
     table = plan.latency
@@ -131,7 +138,7 @@ def measure_promise(plan: Plan, dense: nn.Module, final: nn.Module) -> dict[str,
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     passes = {
         name: make_runner(model, images, runtime=table.runtime, dtype=table.dtype)
-        for name, model in (("before", dense), ("after", final))
+        for name, model in _as_loaded(dense, final).items()
     }
     found = time_in_turns(passes, device=next(final.parameters()).device, max_seconds=plan.config.latency_seconds)
     ratio = found["after"].median_ms / found["before"].median_ms

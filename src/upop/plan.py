@@ -376,6 +376,6 @@ def make_batches(
     )
 
 
-def set_attention(model: Any, kernel: str) -> None:
-    """Choose the attention kernel of a Hugging Face model; saved folders do not remember it."""
+def set_attention(model: Any, kernel: str = "sdpa") -> None:
+    """Choose the attention kernel of a Hugging Face model; saved folders do not remember it, and load with sdpa."""
     model.set_attn_implementation(kernel)

@@ -6,7 +6,7 @@ Uploads what loading reads and the card, nothing else that lies there.
 from pathlib import Path
 
 from upop.errors import ModelError, one_line, said
-from upop.hub import LOGIN, WANTED
+from upop.hub import LOGIN, SUBFOLDERS, WANTED
 from upop.pretrained import CODE
 from upop.vetting import vet
 
@@ -34,6 +34,7 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
             repo_id=repository,
             folder_path=source,
             allow_patterns=list(UPLOADED),
+            ignore_patterns=SUBFOLDERS,
             commit_message="A model pruned with upop",
         )
     except HFValidationError as error:

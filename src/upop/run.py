@@ -38,8 +38,8 @@ def prune(
 
     `command` is what the result says to type for the same run; the process's own command line unless given. With
     `go_on` a run of the same configuration, code and data that was stopped there is taken up where it was, to the
-    same result, and of one that is complete the result is returned; another run there is replaced
-    only with `overwrite` as well.
+    same result, and of one that is complete the result is returned; another run there, and models that a
+    stopped one has left with no checkpoint to go on from, are replaced only with `overwrite` as well.
 
     Raises UpopError before anything is written where the run cannot be done, and TrainingError where training breaks
     off: the weights of the last good epoch are then in `<out>/last-good`.
@@ -123,6 +123,10 @@ def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_o
             )
         log.warning("%s: holds a run with another %s; starting over", config.out, other)
         state = None
+    elif go_on and state is None and not overwrite:
+        folder = RunFolder(Path(config.out), main=processes.index() == 0)
+        kept = config.checkpoint_minutes > 0
+        processes.by_first(lambda: folder.check_restart(plan.config.to_toml(), kept=kept))
     return _carry_out(plan, observer, command, state)
 
 

@@ -145,7 +145,7 @@ class Session:
         }
         where = {"stage": stage, "epoch": progress.epoch, "step": progress.step}
         values = {k: v for k, v in values.items() if math.isfinite(v)}  # JSON has no others
-        self.folder.add_line("metrics.jsonl", where | {k: round(v, 6) for k, v in values.items()})
+        self.folder.add_line("metrics.jsonl", where | {k: _short(v) for k, v in values.items()})
         # Trackers want steps that only grow.
         earlier = list(self.plan.steps)[: list(self.plan.steps).index(stage)]
         step = progress.step + sum(self.plan.steps[name] for name in earlier)
@@ -180,3 +180,8 @@ class Session:
         if asked:
             processes.wait()  # none must end, and take the others with it, before all is written
             raise StopError(f"{stage}: stopped by {signal.Signals(asked).name}; {self.how_to_go_on()}")
+
+
+def _short(value: float) -> float:
+    """To seven digits, whatever the magnitude: rates are small, parameters many."""
+    return value if isinstance(value, int) else float(f"{value:.7g}")

@@ -173,7 +173,7 @@ def run_study(
         everything = ((study.dense,) if study.dense else ()) + study.runs
         waiting = _todo(standing, everything, retry_failed)
         _refuse_to_replace(standing, waiting, overwrite)
-        failed = {r.label: f for r in everything if r not in waiting and (f := standing.failure(r)) is not None}
+        failed = _failed(standing, [run for run in everything if run not in waiting])
         observer.planned(len(waiting), len(everything) - len(waiting) - len(failed), len(failed))
         if study.dense is not None:
             carry_out((study.dense,))
@@ -185,7 +185,7 @@ def run_study(
             log.info("dense: %s", result["accuracy"])
         carry_out(study.runs)
         write_manifest(standing)
-        failed = {r.label: f for r in everything if (f := standing.failure(r)) is not None}
+        failed = _failed(standing, everything)
         done = tuple(r.label for r in everything if standing.result(r) is not None)
     return Summary(done, failed, tuple(ran), time.monotonic() - began)
 
@@ -209,6 +209,11 @@ def write_manifest(standing: Standing) -> None:
         "runs": runs,
     }
     write_whole(standing.out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _failed(standing: Standing, runs: Sequence[StudyRun]) -> dict[str, str]:
+    """What each run that has failed, and was not done since, said."""
+    return {run.label: str(found.why) for run in runs if (found := standing.look(run)).state == "failed"}
 
 
 def _todo(standing: Standing, runs: tuple[StudyRun, ...], retry_failed: bool) -> list[StudyRun]:

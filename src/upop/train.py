@@ -264,7 +264,7 @@ class _Passes:
     def backward(self, images: Tensor, labels: Tensor, in_all: int) -> Tensor:
         """Gradients of this process's share of a batch of `in_all` images; the sums [3] of Progress."""
         tally = self._tally
-        wanted = max(1, math.ceil(len(images) / self._accumulate))
+        wanted = max(1, math.ceil(in_all / processes.count() / self._accumulate))
         before = min(wanted, tally.micro) if tally.memory else wanted
         sums, tally.micro = within_memory(
             before,
@@ -280,11 +280,11 @@ class _Passes:
 
     def _whole(self, images: Tensor, labels: Tensor, in_all: int, micro: int) -> Tensor:
         sums = torch.zeros(3, device=images.device)
-        chunks = [(images[i : i + micro], labels[i : i + micro]) for i in range(0, len(images), micro)]
-        for index, (x, y) in enumerate(chunks):
+        parts = self._parts(in_all, micro)
+        for index, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
             # Gradients are averaged over processes: each weighs as much as it has images.
             share = len(x) * processes.count() / in_all
-            with self._accelerator.no_sync(self._model) if index < len(chunks) - 1 else nullcontext():
+            with self._accelerator.no_sync(self._model) if index < parts - 1 else nullcontext():
                 logits = self._model(pixel_values=x).logits.float()
                 loss = self._task.loss(logits, x, y, self._accelerator)
                 self._accelerator.backward((loss + self._hook.penalty()) * share)
@@ -294,6 +294,15 @@ class _Passes:
             sums[1] += (logits.detach().argmax(-1) == hard).sum()
             sums[2] += len(x)
         return sums
+
+    @staticmethod
+    def _parts(in_all: int, micro: int) -> int:
+        """Number of micro-batches of at most `micro` images: one for all processes, whose shares may differ by one.
+
+        Masks that are trained are averaged over the processes at every backward, not at the last one of a step.
+        """
+        least, most = in_all // processes.count(), -(-in_all // processes.count())
+        return max(1, min(-(-most // micro), least))
 
     def _forget(self) -> None:
         """What a pass that ran out of memory has left behind."""

@@ -6,6 +6,7 @@ import locale
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,37 @@ def test_go_on_with_a_complete_run_gives_its_result_and_touches_nothing(tmp_path
         prune(other, go_on=True)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert prune(other, go_on=True, overwrite=True)["accuracy"] != first["accuracy"]
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "none kept", "damaged"])
+def test_go_on_where_there_is_nothing_to_go_on_from_deletes_no_model(tmp_path, lost):
+    out = tmp_path / "run"
+    config = make_config({**OPTIONS, "epochs_dense": 0.2, "subset": 128, "out": str(out)})
+    if lost == "none kept":
+        config = config.model_copy(update={"checkpoint_minutes": 0})
+    with pytest.raises(MemoryError):
+        prune(config, observer=Breaks("search", 1))
+    if lost == "checkpoints":
+        shutil.rmtree(out / "checkpoints")
+    for path in out.glob("checkpoints/*/tensors.safetensors"):
+        path.write_bytes(b"cut")
+    before = sorted(out.rglob("*"))
+    for other in (config, config.model_copy(update={"seed": 7})):
+        with pytest.raises(UpopError, match=r"holds a run that cannot be taken up, its .*dense.* would be lost"):
+            prune(other, go_on=True)
+    assert sorted(out.rglob("*")) == before
+    assert prune(config, go_on=True, overwrite=True)["status"] == "complete"
+
+
+def test_go_on_starts_over_what_was_stopped_before_it_had_anything(tmp_path):
+    out = tmp_path / "run"
+    config = make_config({**OPTIONS, "stages": "dense", "epochs_dense": 0.2, "subset": 128, "out": str(out)})
+    with pytest.raises(MemoryError):
+        prune(config, observer=Breaks("dense", 0))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    with pytest.raises(UpopError, match="holds a run with another configuration, stopped before its first checkpoint"):
+        prune(config.model_copy(update={"seed": 7}), go_on=True)
+    assert prune(config, go_on=True)["status"] == "complete"
 
 
 def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):
@@ -466,6 +498,14 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monke
     assert [checkpoint.read(path)["number"] for path in sorted(tmp_path.glob("[0-9]*"))] == [1, 2]
     keeper.save({"number": 3})
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["00000002", "00000003"]
+
+
+def test_where_none_are_wanted_none_is_due_but_the_end_that_was_asked_for(tmp_path):
+    keeper = checkpoint.Keeper(tmp_path, minutes=0)
+    assert not keeper.due
+    with keeper.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert keeper.due
 
 
 def test_a_signal_asks_for_a_checkpoint_and_leaves_the_handlers_as_they_were(tmp_path):

@@ -170,6 +170,17 @@ def test_a_failed_run_is_kept_apart_and_retried_on_request(out):
     assert go(out, text, retry_failed=True)[0].ran == (label,)
 
 
+def test_a_run_that_was_done_by_hand_after_it_had_failed_is_done(out):
+    done = "upop_params0.5_s0"
+    given = json.loads((out / done / "result.json").read_text())["given"]
+    (out / "failed").mkdir(exist_ok=True)
+    (out / "failed" / f"{done}.json").write_text(json.dumps({"error": "out of memory", "given": given}))
+    summary, watcher = go(out)
+    assert done in summary.done
+    assert not summary.failed
+    assert watcher.plans == [(0, len(summary.done), 0)]
+
+
 def test_a_new_dense_model_makes_all_runs_anew(out):
     text = TEXT.replace("epochs_dense = 2", "epochs_dense = 1")
     shutil.rmtree(out / "dense")

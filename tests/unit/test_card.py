@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 
 from upop.card import CARD, Parent, find_parent, model_card
 from upop.errors import ModelError
-from upop.hub import WANTED
 from upop.publish import push
 
 DATA = Path(__file__).parents[1] / "data"  # what two real runs left
@@ -140,6 +140,14 @@ def run(make_model, tmp_path):
     """The folder of a run: a model in it, and things that are nobody's business."""
     make_model().save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "run" / "log").write_text("secret")
+    for name in (
+        "notes.txt",
+        "model_old/model.safetensors",
+        "models/secret/a.safetensors",
+        "model-drafts/a.index.json",
+    ):
+        (tmp_path / "run" / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "model" / name).write_text("secret")
     return tmp_path / "run"
 
 
@@ -151,7 +159,9 @@ def test_the_model_folder_of_a_run_is_uploaded_private_unless_told_otherwise(hub
     assert made == name == "me/half"
     assert options == {"private": private, "exist_ok": True}
     assert sent["folder_path"] == run / "model"
-    assert set(sent["allow_patterns"]) == {*WANTED, "modeling_upop.py"}
+    files = [str(path.relative_to(run / "model")) for path in (run / "model").rglob("*") if path.is_file()]
+    rules = {rule: sent[rule] for rule in ("allow_patterns", "ignore_patterns")}
+    assert set(filter_repo_objects(files, **rules)) == {"config.json", "model.safetensors"}
     assert push(run / "model", "me/half") == address
 
 

@@ -12,8 +12,11 @@ from upop.errors import UpopError
 @pytest.fixture
 def source(tmp_path):
     runs = {"a": fake.result(), "b": fake.result(seed=1)}
-    entries = {label: {"differences": {}, "state": "done", "error": None} for label in runs}
-    return fake.write(tmp_path / "runs", runs, {"runs": entries, "dense": None})
+    return fake.write(tmp_path / "runs", runs, about(*runs))
+
+
+def about(*labels):
+    return {"runs": {label: {"differences": {}, "state": "done", "error": None} for label in labels}, "dense": None}
 
 
 def names(folder):
@@ -28,6 +31,18 @@ def test_every_result_is_there_to_the_number_and_older_ones_are_gone(tmp_path, s
     assert collect(source, target) == 2
     assert names(target) == {"b.json", "c.json", "study.json", "report.md"}
     assert json.loads((target / "c.json").read_text()) == fake.result()
+
+
+def test_another_studys_results_are_refused_and_left_alone(tmp_path, source):
+    target = tmp_path / "results"
+    collect(source, target)
+    other = fake.write(tmp_path / "smoke", {"mine": fake.result()}, about("mine") | {"name": "smoke"})
+    with pytest.raises(UpopError, match=r"holds the results of the study 'fake', these are of the study 'smoke'; "):
+        collect(other, target)
+    (other / "study.json").unlink()
+    with pytest.raises(UpopError, match=r"holds the results of the study 'fake', these are of no study; name another"):
+        collect(other, target)
+    assert names(target) == {"a.json", "b.json", "study.json"}
 
 
 def test_files_of_others_are_refused_and_left_alone(tmp_path, source):

@@ -1,7 +1,13 @@
 """What is said of accuracies that guessing would reach."""
 
+import copy
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from upop import measure
+from upop.latency import LatencyTable
 from upop.measure import chance_warnings
 
 LABELS = torch.tensor([0, 1, 2] * 2)  # guessing: 0.333, and by luck up to 0.911
@@ -34,3 +40,32 @@ def test_too_few_images_are_no_collapse():
     assert (
         line == "retrain: validation accuracy 0.667 cannot be told from guessing (0.333) with 6 images; hold out more"
     )
+
+
+@pytest.mark.parametrize("what", ["latency", "promise"])
+def test_times_are_those_of_the_models_as_they_load_whatever_kernel_they_were_trained_with(
+    make_model, tmp_path, monkeypatch, what
+):
+    dense = make_model()
+    dense.save_pretrained(tmp_path)
+    loaded = type(dense).from_pretrained(tmp_path).config._attn_implementation
+    dense.set_attn_implementation("eager")
+    timed = []
+
+    def spy(models):
+        timed.extend(model.config._attn_implementation for model in models)
+
+    monkeypatch.setattr(measure, "compare_latency", lambda pair, **_: spy(pair.values()) or {})
+    monkeypatch.setattr(measure, "make_runner", lambda model, *_, **__: spy([model]) or (lambda: None))
+    size = dense.config.image_size
+    table = LatencyTable(dense_ms=1.0, points={}, widths={}, image_size=size)
+    plan = SimpleNamespace(
+        loaded=SimpleNamespace(image_size=size), config=SimpleNamespace(latency_seconds=0.01), latency=table, left=0.5
+    )
+    if what == "latency":
+        measure.measure_latency(plan, torch.device("cpu"), dense, copy.deepcopy(dense))
+    else:
+        measure.measure_promise(plan, dense, copy.deepcopy(dense))
+    assert loaded == "sdpa"
+    assert set(timed) == {loaded}
+    assert dense.config._attn_implementation == "eager"
