@@ -12,7 +12,7 @@ from upop.trace import load_trace
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
-    "model": "deit-digits",
+    "model": "deit-digits-2layers",
     "data": "digits",
     "target": "params=0.6",
     "batch_size": 64,

@@ -133,7 +133,7 @@ def of(folder):
 def ran(tmp_path_factory):
     """Folder with the runs of one process below `one`, those of two below `two`."""
     base = tmp_path_factory.mktemp("processes")
-    dense = {**OPTIONS, "model": "deit-digits", "stages": "dense", "epochs_dense": 2, "lr": 1e-3}
+    dense = {**OPTIONS, "model": "deit-digits-2layers", "stages": "dense", "epochs_dense": 2, "lr": 1e-3}
     prune(make_config({**dense, "out": str(base / "dense")}))
     configs = {name: {**OPTIONS, **more, "model": str(base / "dense/dense")} for name, more in RUNS.items()}
     (base / "configs.json").write_text(json.dumps(configs))

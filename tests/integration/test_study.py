@@ -18,7 +18,7 @@ from upop.studyfile import load_study
 TEXT = """
 seeds = [0]
 [dense]
-model = "deit-digits"
+model = "deit-digits-2layers"
 epochs_dense = 2
 batch_size = 64
 flip = false

@@ -23,7 +23,7 @@ from upop.run import prune, resume
 
 # A search alone: every kind of file is written, in the least time.
 OPTIONS = {
-    "model": "deit-digits",
+    "model": "deit-digits-2layers",
     "data": "digits",
     "stages": "search",
     "subset": 40,

@@ -16,7 +16,7 @@ from upop.run import prune, resume
 from upop.tracking import parse_trackers
 
 QUICK = {
-    "model": "deit-digits",
+    "model": "deit-digits-2layers",
     "data": "digits",
     "epochs_dense": 1,
     "epochs_search": 1,
