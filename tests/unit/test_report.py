@@ -162,6 +162,38 @@ def test_one_run_alone_makes_a_page(tmp_path):
     assert "nan" not in page.markdown.lower()
 
 
+def of_model(name, accuracy, size, **config):
+    made = fake.result(model=name, **config)
+    made["params"] = {"before": size, "after": size // 2}
+    made["accuracy"] |= {"dense": fake.both(accuracy), "retrain": fake.both(accuracy - 0.02)}
+    return made
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)], ids=["one seed", "two seeds"])
+def test_models_of_two_sizes_are_two_rows_each_beside_its_own_dense_model(tmp_path, seeds):
+    made = {
+        "a": of_model("vit-small", 0.50, 100_000, seed=seeds[0]),
+        "b": of_model("vit-large", 0.90, 900_000, seed=seeds[1]),
+    }
+    text = build(fake.write(tmp_path, made)).markdown
+    assert "70.00" not in text, "the mean of two different models"
+    table = text.partition("## Accuracy against size and speed")[2].partition("\n## ")[0]
+    assert re.search(r"^\| upop, model=vit-small \|.*\| 0.05 \|.*\| 48.00 \(1\) \| *$", table, re.M)
+    assert re.search(r"^\| upop, model=vit-large \|.*\| 0.45 \|.*\| 88.00 \(1\) \| *$", table, re.M)
+    assert "Dense, model=vit-small: 50.00 % (n = 1); dense, model=vit-large: 90.00 % (n = 1)" in table
+    assert "Several models or data sets" in text
+    assert "One model and one data set" not in text
+    assert "its runs start from" not in text
+
+
+def test_dense_models_of_one_shape_are_seeds_of_one(tmp_path):
+    made = {str(seed): of_model(f"dense-{seed}", 0.9, 900_000, seed=seed) for seed in (0, 1)}
+    text = build(fake.write(tmp_path, made)).markdown
+    assert "| upop | prunable=0.5 |" in text
+    assert "88.00 ± 0.00 (2)" in text
+    assert "One model and one data set" in text
+
+
 def test_a_dense_run_alone_makes_a_page(tmp_path):
     assert "82.08" in build(fake.write(tmp_path, {"dense": fake.dense()})).markdown
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upop.report.paired import Stat, accuracy_at, stat
-from upop.report.records import CONTINUED, DENSE, OPEN, Group, Results, Run, removal
+from upop.report.records import CONTINUED, DENSE, OPEN, Group, Results, Run, Variant, in_words, removal
 
 Json = dict[str, Any]
 # Okabe and Ito's palette (told apart by the colour-blind); dash and symbol repeat what the colour says.
@@ -56,8 +56,8 @@ class Figure:
 
 
 def standard(results: Results) -> list[Group]:
-    """Groups of every method's standard settings."""
-    return [group for group in results.groups if not group.variant]
+    """Groups of every method's standard settings, on each model and data set."""
+    return [group for group in results.groups if not group.settings]
 
 
 def values(group: Group, read: Callable[[Run], float | None]) -> Stat | None:
@@ -67,12 +67,22 @@ def values(group: Group, read: Callable[[Run], float | None]) -> Stat | None:
 
 
 def dense_level(results: Results) -> Stat | None:
-    """Test accuracy of the dense models that the runs start from, one per seed at most, in per cent."""
-    if results.dense:
-        return stat([accuracy_at(run, DENSE) for run in results.dense])
-    per_seed = {run.seed: accuracy_at(run, DENSE) for run in results.runs}
-    starts = sorted(per_seed.values())
-    return stat(starts if len(set(starts)) > 1 else starts[:1]) if starts else None
+    """Test accuracy of the dense models that runs start from, one per seed at most, in per cent; None of several."""
+    levels = dense_levels(results)
+    return next(iter(levels.values())) if len(levels) == 1 else None
+
+
+def dense_levels(results: Results) -> dict[Variant, Stat]:
+    """The same for each model and data set."""
+    places = {group.place: group for group in results.groups}
+    if results.dense and len(places) <= 1:
+        return {(): stat([accuracy_at(run, DENSE) for run in results.dense])}
+    levels = {}
+    for place in places:
+        runs = [run for group in results.groups if group.place == place for run in group.runs]
+        starts = sorted({run.seed: accuracy_at(run, DENSE) for run in runs}.values())
+        levels[place] = stat(starts if len(set(starts)) > 1 else starts[:1])
+    return levels
 
 
 def plain(text: str) -> str:
@@ -131,8 +141,8 @@ def _latency(batch: str) -> Callable[[Run, str], float | None]:
 
 def _tradeoff(results: Results, groups: Sequence[Group], title: str, read: Callable[[Run, str], float | None]) -> Json:
     data, xs = [], []
-    for name in dict.fromkeys((group.method, group.target == OPEN) for group in groups):
-        mine = [group for group in groups if (group.method, group.target == OPEN) == name]
+    for name in dict.fromkeys((group.name, group.target == OPEN) for group in groups):
+        mine = [group for group in groups if (group.name, group.target == OPEN) == name]
         trace, places = _curve(mine, read)
         if places:
             data.append(trace)
@@ -155,11 +165,11 @@ def _curve(groups: Sequence[Group], read: Callable[[Run, str], float | None]) ->
     trace = {
         "type": "scatter",
         "mode": "markers" if is_open else "lines+markers",
-        "name": plain(method + (", open-ended" if is_open else "")),
+        "name": plain(groups[0].name + (", open-ended" if is_open else "")),
         "x": [rounded(x) for x, _, _ in points],
         "y": [rounded(y.mean) for _, y, _ in points],
         "error_y": {"type": "data", "array": [rounded(y.sd or 0.0) for _, y, _ in points], "thickness": 1.2},
-        "text": [f"{plain(method)}, {plain(target)}: {spread(y)}" for _, y, target in points],
+        "text": [f"{plain(groups[0].name)}, {plain(target)}: {spread(y)}" for _, y, target in points],
         "hovertemplate": "%{text}<br>at %{x}<extra></extra>",
         "line": {"color": color(method), "width": 2, "dash": DASHES.get(method, "solid")},
         "marker": {
@@ -176,21 +186,23 @@ def color(method: str) -> str:
 
 
 def _horizontals(results: Results, left: float, right: float) -> list[Json]:
-    lines = [(DENSE, dense_level(results))]
+    lines: list[tuple[str, str, Stat | None]] = [
+        (DENSE, DENSE + in_words(place), level) for place, level in dense_levels(results).items()
+    ]
     continued = [group for group in standard(results) if group.method == CONTINUED]
-    lines += [(CONTINUED, values(group, lambda run: run.accuracy("last"))) for group in continued]
+    lines += [(CONTINUED, group.name, values(group, lambda run: run.accuracy("last"))) for group in continued]
     return [
         {
             "type": "scatter",
             "mode": "lines",
-            "name": name,
+            "name": plain(name),
             "x": [rounded(left), rounded((left + right) / 2), rounded(right)],
             "y": [rounded(level.mean)] * 3,
-            "text": [f"{name}: {spread(level)}"] * 3,
+            "text": [f"{plain(name)}: {spread(level)}"] * 3,
             "hovertemplate": "%{text}<extra></extra>",
-            "line": {"color": color(name), "width": 2, "dash": DASHES[name]},
+            "line": {"color": color(method), "width": 2, "dash": DASHES[method]},
         }
-        for name, level in lines
+        for method, name, level in lines
         if level
     ]
 

@@ -37,6 +37,8 @@ APART = (
     *("method", "target", "seed", "out", "stages", "model"),
     *("device", "workers", "threads", "tracker", "compile", "attention", "latency_seconds", "checks"),
 )
+# Says what was pruned, not how: runs that differ in it are shown side by side, and never compared.
+PLACES = ("model", "data")
 # Says nothing where nothing is pruned.
 OF_PRUNING = (
     *("structures", "align", "shrink", "schedule", "interval", "normalise", "gradient_order", "compensate"),
@@ -103,16 +105,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed only, sorted by it."""
+    """Runs that differ in the seed only, sorted by it. `place`: their model and data, where a folder has several."""
 
     method: str
     target: str
     variant: Variant
     runs: tuple[Run, ...]
+    place: Variant = ()
+
+    @property
+    def settings(self) -> Variant:
+        """The variant without the model and data."""
+        return tuple((key, value) for key, value in self.variant if key not in PLACES)
 
     @property
     def name(self) -> str:
-        return self.method + "".join(f", {key}={show(value)}" for key, value in self.variant)
+        return self.method + in_words((*self.settings, *self.place))
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,8 @@ class Results:
         found: dict[tuple[str, str, Variant], list[Run]] = {}
         for run in sorted(self.runs, key=lambda run: (run.seed, run.label)):
             found.setdefault((run.method, run.target, run.variant), []).append(run)
-        groups = [Group(*key, tuple(runs)) for key, runs in found.items()]
+        several = [key for key in PLACES if any(key in dict(run.variant) for run in self.runs)]
+        groups = [Group(*key, tuple(runs), _place(runs[0], several)) for key, runs in found.items()]
         return tuple(sorted(groups, key=_group_order))
 
     @property
@@ -140,8 +149,12 @@ class Results:
         return names[0] if names and len(set(names)) == 1 else None
 
 
+def _place(run: Run, keys: Iterable[str]) -> Variant:
+    return tuple((key, run.config.get(key)) for key in keys)
+
+
 def _group_order(group: Group) -> tuple[Any, ...]:
-    return method_order(group.method), bool(group.variant), repr(group.variant), removal(group.target)
+    return method_order(group.method), bool(group.settings), repr(group.variant), removal(group.target)
 
 
 def load_results(folder: Path) -> Results:
@@ -163,7 +176,7 @@ def load_results(folder: Path) -> Results:
         _refuse(folder, "", "results", "none", "run the study first, or name a folder that holds its results")
     dense = tuple(run for run in runs if run.method == DENSE or run.label == study.get("dense"))
     pruned, more = _with_variants([run for run in runs if run not in dense], study.get("base", {}))
-    return Results(study, pruned, dense, absent, tuple([*notes, *more, *_starts(runs)]))
+    return Results(study, pruned, dense, absent, tuple([*notes, *more, *_starts(pruned)]))
 
 
 def removal(target: str) -> tuple[str, float]:
@@ -183,6 +196,11 @@ def share(target: str, runs: Iterable[Run]) -> float:
 
 def method_order(method: str) -> tuple[int, str]:
     return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def in_words(settings: Variant) -> str:
+    """Settings as they follow a name."""
+    return "".join(f", {key}={show(value)}" for key, value in settings)
 
 
 def show(value: Any) -> str:
@@ -259,9 +277,10 @@ def _short(value: Any) -> str:
 def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run, ...], list[str]]:
     """The runs with their variants named, repeated ones left out; and what a reader must know about that."""
     keys = [key for key in sorted({k for run in runs for k in run.config} - set(APART)) if _varies(runs, key)]
-    if any(
-        len({run.config.get("model") for run in runs if run.seed == seed}) > 1 for seed in {run.seed for run in runs}
-    ):
+    # Of one shape, and one for each seed, they are what one model came to with that seed.
+    shapes = {(run.data["params"]["before"], run.data["macs"]["before"]) for run in runs}
+    seeds = {run.seed: {other.config.get("model") for other in runs if other.seed == run.seed} for run in runs}
+    if len(shapes) > 1 or any(len(models) > 1 for models in seeds.values()):
         keys.append("model")
     notes: list[str] = []
     found: dict[tuple[Any, ...], Run] = {}
@@ -314,13 +333,13 @@ def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any
 
 
 def _starts(runs: Iterable[Run]) -> list[str]:
-    """A warning where runs of one seed did not start from one dense model: they cannot be paired fairly."""
-    starts: dict[int, set[float]] = {}
+    """A warning where runs of one seed and model did not start from one dense model: they cannot be paired fairly."""
+    starts: dict[tuple[int, Variant], set[float]] = {}
     for run in runs:
-        if run.method != DENSE:
-            starts.setdefault(run.seed, set()).add(run.data["accuracy"][DENSE]["test"])
+        where = tuple(pair for pair in run.variant if pair[0] in PLACES)
+        starts.setdefault((run.seed, where), set()).add(run.data["accuracy"][DENSE]["test"])
     return [
-        f"seed {seed}: its runs start from {len(values)} dense models of different test accuracy"
-        for seed, values in sorted(starts.items())
+        f"seed {seed}{in_words(where)}: its runs start from {len(values)} dense models of different test accuracy"
+        for (seed, where), values in sorted(starts.items(), key=repr)
         if len(values) > 1
     ]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upop.report import figures, progress_figures, verdicts
-from upop.report.figures import Figure, dense_level, spread, values
+from upop.report.figures import Figure, dense_levels, spread, values
 from upop.report.paired import Row, Stat
-from upop.report.records import CONTINUED, OPEN, Group, Results, Run, show
+from upop.report.records import CONTINUED, OPEN, Group, Results, Run, in_words, show
 
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -77,9 +77,15 @@ def ratio_name(target: str) -> str:
 def baseline(results: Results) -> str:
     """What every table is to be read against."""
     continued = [group for group in results.groups if group.method == CONTINUED]
-    control = values(continued[0], lambda run: run.accuracy("last")) if continued else None
-    dense = dense_level(results)
-    return f"Dense {spread(dense) if dense else NOTHING}; dense-continued {spread(control) if control else 'not run'}."
+    controls = {group.name: values(group, lambda run: run.accuracy("last")) for group in continued}
+    levels = dense_levels(results)
+    if len(levels) <= 1:
+        control, dense = next(iter(controls.values()), None), next(iter(levels.values()), None)
+        said = f"{spread(dense) if dense else NOTHING}; {CONTINUED} {spread(control) if control else 'not run'}."
+        return f"Dense {said}"
+    each = [f"dense{in_words(place)}: {spread(level)}" for place, level in levels.items()]
+    each += [f"{name}: {spread(level)}" for name, level in controls.items() if level]
+    return "D" + "; ".join(each)[1:] + "."
 
 
 # ---- what was run ----
@@ -134,7 +140,9 @@ def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
         "difference that could have been told apart stands in every verdict of 'no difference'.",
         "Seeds vary the search and the retraining; where all runs start from one dense model, its own luck is in no "
         "standard deviation.",
-        "One model and one data set: nothing here says how far the answers carry to larger ones.",
+        "One model and one data set: nothing here says how far the answers carry to larger ones."
+        if len({group.place for group in results.groups}) <= 1
+        else "Several models or data sets: compare rows of the same one only, as the claims do, with the commonest.",
     ]
     if tests:
         lead.append(
