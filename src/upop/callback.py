@@ -40,7 +40,8 @@ class SearchCallback(TrainerCallback):  # type: ignore[misc]
     The search lasts all of `train()`. The Trainer's own model keeps its size, its weights and the masks: what is to be
     saved is `slim()`, not `trainer.save_model()`. Every checkpoint of the Trainer also holds the search, and
     `train(resume_from_checkpoint=...)` goes on with it. The logged loss is the task's alone, without the penalty;
-    `upop_ratio` and `upop_params` (parameters left) are logged with it, to all of the Trainer's `report_to`.
+    `upop_ratio` (gone, of what belongs to prunable units) and `upop_params` (parameters left) are logged with it, to
+    all of the Trainer's `report_to`.
 
     With `max_drop` or `tolerance`, accuracies come from the Trainer's evaluation, which is asked for where one is due:
     `TrainingArguments(eval_on_start=True)`, an `eval_dataset` and `compute_metrics` are needed, and the last `checks`

@@ -130,7 +130,7 @@ def read_images(config: PruneConfig, split: str) -> Tensor:
     """
     check_choice("split", split, ("validation", "test"))
     loaded = load_model(config.model)
-    data = read_data(config, loaded.image_size)
+    data = read_data(config, loaded)
     found = {"validation": data.validation, "test": data.test}[split]
     if found is None:
         raise UpopError(f"{config.data}: has no {split} split; use --split validation")

@@ -196,7 +196,7 @@ def evaluate_model(config: PruneConfig, split: str) -> tuple[Score, int, int, tu
     Raises UpopError where the model's head does not fit the data, or the data has no such split.
     """
     loaded = load_model(config.model)
-    data = read_data(config, loaded.image_size)
+    data = read_data(config, loaded)
     notes = loaded.notes + fit_head_(loaded.model, data.classes, name=config.model, replace=False)
     images = {"validation": data.validation, "test": data.test}[split]
     if images is None:

@@ -61,7 +61,7 @@ class LoadedModel:
     trained: bool  # False: random weights
     folder: Path | None = None  # that it was loaded from
     notes: tuple[str, ...] = ()  # what was assumed and a reader of the results should know
-    shorter_side: int | None = None  # that images are resized to before `image_size` is cut out; None: to that
+    shorter_side: int | None = None  # that images are resized to before `image_size` is cut out; None: nobody says
 
 
 def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedModel:
@@ -88,10 +88,16 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
     model = load(str(folder), new_head=new_head).float()
     values = _processor_settings(folder)
     size, mean, std, notes = _image_settings(name, model, values)
-    found = values.get("size")
-    shorter = found.get("shortest_edge") if isinstance(found, dict) and values.get("do_center_crop") else None
-    shorter = shorter if isinstance(shorter, int) and shorter >= size else None
+    shorter = _shorter_side(values, size)
     return LoadedModel(model, size, mean, std, trained=True, folder=folder, notes=notes, shorter_side=shorter)
+
+
+def _shorter_side(values: Mapping[str, Any], size: int) -> int | None:
+    """What a processor brings the shorter side of images to: `size` where nothing is cut off, None where it is mute."""
+    found = values.get("size")
+    edge = found.get("shortest_edge", size) if isinstance(found, dict) else found
+    shorter = edge if edge is None or values.get("do_center_crop") else size
+    return shorter if isinstance(shorter, int) and shorter >= size else None
 
 
 def _shape(name: str) -> Shape | None:

@@ -112,7 +112,7 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
             f"{config.model}: slimmed models of the class {type(loaded.model).__name__} cannot be saved; prune it in "
             "a loop of your own with upop.Search"
         )
-    data = read_data(config, loaded.image_size)
+    data = read_data(config, loaded)
     replace = config.has("dense") or not loaded.trained
     notes = fit_head_(loaded.model, data.classes, name=config.model, replace=replace, seed=config.seed)
     loaded = dataclasses.replace(loaded, notes=loaded.notes + notes)
@@ -269,7 +269,7 @@ def _can_be_met(target: Target, cost: Cost, align: Mapping[str, int], *, unified
     return False
 
 
-def read_data(config: PruneConfig, image_size: int) -> ImageData:
+def read_data(config: PruneConfig, loaded: LoadedModel) -> ImageData:
     """The data of a run. The split is the same for every seed: seeds vary training, not what it is judged on."""
     held_out = config.validation
     return load_data(
@@ -277,7 +277,8 @@ def read_data(config: PruneConfig, image_size: int) -> ImageData:
         validation=int(held_out) if held_out is not None and held_out >= 1 else held_out,
         seed=0,
         skip_bad=config.skip_bad,
-        image_size=image_size,
+        image_size=loaded.image_size,
+        shorter_side=loaded.shorter_side,
         subset=config.subset,
     )
 

@@ -147,6 +147,11 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
         model = timmfolder.load(folder, values, promise)
         check_finite(model, source)
         return model
+    if "architecture" in values and "model_type" not in values:
+        raise ModelError(
+            f"{source}: a model folder of timm's own; upop prunes the model in a program of yours: "
+            f"timm.create_model('local-dir:{source}'), then upop.Search"
+        )
     if "auto_map" in values and values.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{source}: model type {values.get('model_type')!r} is known to code in the folder alone, which upop "

@@ -270,7 +270,7 @@ def _data_fingerprint(study: Study) -> str | None:
     config = (study.dense or study.runs[0]).config
     if any(given_values(r.config)[key] != given_values(config)[key] for r in study.runs for key in _DATA_KEYS):
         return None
-    return read_data(config, load_model(config.model).image_size).fingerprint
+    return read_data(config, load_model(config.model)).fingerprint
 
 
 _DATA_KEYS = ("data", "validation", "subset", "skip_bad")

@@ -51,10 +51,7 @@ def vet(folder: Path) -> Promise:
     """
     try:
         if not (folder / "config.json").exists():
-            hint = f"; did you mean {folder / 'model'}?" if (folder / "model/config.json").exists() else ""
-            raise ModelError(
-                f"{folder}: expected a model folder with config.json and {WEIGHTS}, found no config.json{hint}"
-            )
+            raise ModelError(f"{folder}: expected a model folder with config.json and {WEIGHTS}, {_instead(folder)}")
         config = read_json(folder / "config.json", most=MOST_CONFIG)
         shapes = [shape for file in _files(folder) for shape in _shapes(file)]
     except ModelError:
@@ -92,6 +89,22 @@ def check_finite(model: nn.Module, folder: str) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"{folder}: {name}: weights that are not finite (NaN or infinite); save a sound model")
+
+
+def _instead(folder: Path) -> str:
+    """What there is where a folder with config.json was expected, and what to do."""
+    if (folder / "model/config.json").exists():
+        return f"found no config.json; did you mean {folder / 'model'}?"
+    weights = (
+        [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.suffix in (*PICKLED, ".safetensors"))
+    )
+    if not weights:
+        return "got a file" if folder.is_file() else "found no config.json"
+    runs = ", and can run code when it is loaded" if weights[0].suffix in PICKLED else ""
+    return (
+        f"got {weights[0].name}, which does not say of what model it is{runs}; build the model in Python, load the "
+        "weights into it, and upop.save_pretrained(model, FOLDER) it once"
+    )
 
 
 def _files(folder: Path) -> list[Path]:

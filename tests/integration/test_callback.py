@@ -402,3 +402,20 @@ def test_two_processes_keep_the_same_units_as_one(method, tmp_path):
     assert first.read_text() == second.read_text()
     assert alone.read_text() == first.read_text()
     assert (tmp_path / "keep-out" / "checkpoint-6" / PLAIN).is_file()
+
+
+def test_a_slimmed_models_own_training_goes_on_from_the_model_that_is_loaded_from_its_checkpoint(
+    model, trainer, tmp_path
+):
+    """As docs/own-loop.md says: transformers restores but a part of a ViT's weights, with no search to mend it."""
+    callback = SearchCallback(target=HALF)
+    trainer(model, callback).train()
+    slimmed = callback.slim()
+    retrained = copy.deepcopy(slimmed)
+    trainer(retrained, max_steps=6, save_strategy="steps", save_steps=3, output_dir=str(tmp_path / "again")).train()
+    checkpoint = tmp_path / "again/checkpoint-3"
+    resumed = upop.from_pretrained(str(checkpoint)).train()
+    trainer(resumed, max_steps=6, output_dir=str(tmp_path / "again")).train(resume_from_checkpoint=str(checkpoint))
+    assert count(slimmed) == count(resumed)
+    assert same(resumed.state_dict(), retrained.state_dict())
+    assert not same(resumed.state_dict(), slimmed.state_dict())

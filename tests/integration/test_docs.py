@@ -40,6 +40,8 @@ NOT_RUN = {
 INSTEAD = [
     ("docs/own-loop.md", "zip(images, digits.target)", "zip(images[:200], digits.target)"),
     ("docs/own-loop.md", "max_steps=30", "max_steps=3"),
+    ("docs/own-loop.md", "save_steps=10", "save_steps=1"),
+    ("docs/own-loop.md", "checkpoint-10", "checkpoint-1"),
     # Enough work a pass, and enough passes, for a busy machine to see that less of the model is faster at all.
     ("docs/faster.md", "batch=8, image_size=224", "batch=64, image_size=32, seconds=1"),
     ("docs/faster.md", "latency=0.5", "latency=0.1"),

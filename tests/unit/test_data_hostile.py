@@ -64,7 +64,7 @@ def test_an_image_of_one_long_row_is_refused(images):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (os.mkfifo, "expected a file, got a pipe; remove or replace it, or leave such files out with skip_bad"),
+        (os.mkfifo, "expected a file, got a pipe; remove or replace it, or leave such files out with --skip-bad"),
         (lambda path: path.symlink_to("/dev/zero"), "expected a file, got a device"),
         (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2**40), "expected at most 512 MiB"),
         (lambda path: path.symlink_to(path.name), "expected an image, got OSError"),
@@ -108,4 +108,4 @@ def test_an_odd_image_among_many_of_one_size_is_not_decoded_before_all_are_resiz
     data = load_data(str(folder), image_size=16)
     assert data.train.images.shape[1:] == (3, 16, 16)
     assert ((64, 64), None) not in decoded
-    assert ((64, 64), 16) in decoded
+    assert ((64, 64), items.usual_square(16)) in decoded

@@ -19,7 +19,7 @@ from upop.config import make_config
 from upop.errors import ModelError, UpopError
 from upop.export import export, read_images
 from upop.families import find_structures
-from upop.models import LoadedModel, save_image_processor
+from upop.models import LoadedModel, load_model, save_image_processor
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 0.2)
 LABELS = [f"class {index}" for index in range(10)]
@@ -331,7 +331,7 @@ def test_images_to_check_on_are_spread_over_the_split_and_normalised_as_the_mode
     from upop.plan import read_data
 
     config = make_config({"model": str(folder), "data": "digits"})
-    split = read_data(config, 16).test
+    split = read_data(config, load_model(str(folder))).test
     found = read_images(config, "test")
     assert found.shape == (min(256, len(split)), 3, 16, 16)
     last = (split.images[-1].float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from upop.config import make_config
 from upop.data import Batches, load_data
 from upop.errors import ModelError
 from upop.models import CIFAR_MEAN, LoadedModel, fit_head_, load_model, save_image_processor
+from upop.plan import read_data
 
 
 def test_built_in_shapes_are_the_same_for_the_same_seed():
@@ -162,6 +164,42 @@ def test_the_processor_of_a_folder_says_how_its_images_are_cut(make_model, tmp_p
     model.save_pretrained(tmp_path)
     save_image_processor(tmp_path, LoadedModel(model, 32, (0.5,) * 3, (0.5,) * 3, trained=True, shorter_side=37))
     assert load_model(str(tmp_path)).shorter_side == 37
+
+
+@pytest.mark.parametrize(
+    ("said", "shorter"),
+    [
+        ({"size": {"height": 32, "width": 32}}, 32),  # ViTImageProcessor's: nothing is cut off
+        ({"size": {"shortest_edge": 40}, "do_center_crop": False}, 32),
+        ({"size": {"shortest_edge": 32}, "do_center_crop": True}, 32),
+        ({"size": {"shortest_edge": 40}, "do_center_crop": True}, 40),
+        ({"size": 40, "do_center_crop": True}, 40),  # as older releases write it
+        (None, 37),  # nobody says: 256/224
+    ],
+    ids=repr,
+)
+def test_a_models_own_processor_says_how_much_of_images_of_many_sizes_is_cut_off(make_model, tmp_path, said, shorter):
+    make_model().save_pretrained(tmp_path / "model")
+    if said is not None:
+        whole = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_size": {"height": 32, "width": 32}, **said}
+        (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(whole))
+    y, x = np.mgrid[0:1:128j, 0:1:128j]
+    picture = Image.fromarray((np.stack([x, y, x * y], -1) * 255).astype("uint8"))
+    for number in range(24):
+        file = tmp_path / "data" / "ab"[number % 2] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.crop((0, 0, 128, 90 + number)).save(file)
+    loaded = load_model(str(tmp_path / "model"))
+    config = make_config({"model": str(tmp_path / "model"), "data": str(tmp_path / "data")})
+    data = read_data(config, loaded)
+    assert data.shorter_side == shorter
+    border = (1 - 32 / shorter) / 2
+    files = [Image.open(path) for path in sorted((tmp_path / "data").rglob("*.png"))]
+    expected = np.stack([ImageOps.fit(file, (32, 32), Image.Resampling.BICUBIC, bleed=border) for file in files])
+    seen = torch.cat([split.images for split in (data.train, data.validation, data.test)]).permute(0, 2, 3, 1)
+    distance = (seen[:, None].int() - torch.from_numpy(expected)[None].int()).abs().flatten(2).amax(2).amin(1)
+    # A border of a sixteenth would be off by 16 of 256 steps at the edges.
+    assert int(distance.max()) <= 6, "crops round to a pixel"
 
 
 @pytest.mark.parametrize(

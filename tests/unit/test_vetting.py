@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import upop
 from upop.errors import ModelError
+from upop.models import load_model
 from upop.vetting import vet
 
 
@@ -111,6 +112,28 @@ def test_a_hostile_folder_is_one_line_at_once(model, name):
     assert str(model) in str(refused.value)
     assert not (model / "executed").exists()
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "best.pth", "checkpoint.pt", "weights.safetensors"])
+def test_weights_without_a_config_are_refused_with_what_to_do_as_a_folder_and_as_a_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    runs = "" if name.endswith(".safetensors") else ", and can run code when it is loaded"
+    advice = f"got {name}, which does not say of what model it is{runs}; build the model in Python, load the weights"
+    for given in (tmp_path, tmp_path / name):
+        with pytest.raises(ModelError, match=re.escape(f"{given}: expected a model folder with ") + ".*" + advice):
+            upop.from_pretrained(given)
+
+
+def test_a_folder_of_timms_own_is_refused_with_the_way_there_is(tmp_path):
+    """As timm's save_for_hf writes it."""
+    values = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "pretrained_cfg": {"mean": [0.5] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    save_file({"head.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    advice = f"timm.create_model('local-dir:{tmp_path}'), then upop.Search"
+    for read in (upop.from_pretrained, load_model):
+        with pytest.raises(ModelError, match=re.escape(f"{tmp_path}: a model folder of timm's own;")) as refused:
+            read(str(tmp_path))
+        assert advice in str(refused.value)
 
 
 def test_a_model_in_shards_is_loaded(model, sound, images, logits_of):

@@ -161,7 +161,7 @@ def _images(folder: Path, *, skip_bad: bool) -> tuple[list[Path], list[Path]]:
     if bad and not skip_bad:
         raise DataError(
             f"{bad[0]}: expected an image, got a file ending in {bad[0].suffix or 'nothing'!r}; "
-            "remove it, or leave such files out with skip_bad"
+            "remove it, or leave such files out with --skip-bad (skip_bad=True)"
         )
     if not good:
         raise DataError(

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -23,7 +24,6 @@ from upop.reading import read_bytes
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
-Size: TypeAlias = int | tuple[int, int] | None  # resized and cut; kept, if they are (h, w); kept
 EXIF_ORIENTATION = 0x0112
 MOST_BYTES = 512 * 2**20  # of an encoded image
 MOST_PIXELS = 2**26  # of one: ImageNet's largest has 61 million
@@ -32,6 +32,17 @@ TASK = 32  # images a thread decodes in one go: neighbours, since a table is rea
 WAITING = 8  # tasks queued ahead: stopping early is quick, and few decoded images wait
 LONGEST = 200  # times as long as the other a side may be: the centre is cut after resizing
 _one_large = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Square:
+    """The central square of an image: its shorter side brought to `shorter` pixels, then `size` of them cut out."""
+
+    size: int
+    shorter: int
+
+
+Size: TypeAlias = Square | tuple[int, int] | None  # resized and cut; kept, if they are (h, w); kept
 
 
 class Items(Protocol):
@@ -112,10 +123,10 @@ def full_name(items: Items, index: int) -> str:
 
 
 def decode(items: Items, index: int, size: Size) -> Pixels:
-    """Pixels [3, h, w] of one image, upright; [3, size, size] where a size is given.
+    """Pixels [3, h, w] of one image, upright; [3, size, size] where a square is given, resized bicubically.
 
-    To a size means: the shorter side to 256/224 of it, bicubic, then the centre, as published for DeiT. Raises
-    DataError for what is no image or more than can be taken, and SizesDifferError where (h, w) is given and differs.
+    Raises DataError for what is no image or more than can be taken, and SizesDifferError where (h, w) is given and
+    differs.
     """
     try:
         with Image.open(io.BytesIO(items.read(index))) as image:
@@ -125,27 +136,27 @@ def decode(items: Items, index: int, size: Size) -> Pixels:
             if isinstance(size, tuple) and (sorted(image.size) != sorted(size) or _shown(image) != size):
                 raise SizesDifferError
             with _one_large if area > LARGE else contextlib.nullcontext():
-                return _pixels(image, size if isinstance(size, int) else None)
+                return _pixels(image, size if isinstance(size, Square) else None)
     except SizesDifferError:
         raise
     except UpopError as error:
-        raise DataError(f"{error}, or leave such files out with skip_bad") from error
+        raise DataError(f"{error}, or leave such files out with --skip-bad (skip_bad=True)") from error
     except UnidentifiedImageError:
         raise DataError(
             f"{full_name(items, index)}: expected an image, got {len(items.read(index)):,} bytes that Pillow does not "
-            "know as one; remove or replace it, or leave such files out with skip_bad"
+            "know as one; remove or replace it, or leave such files out with --skip-bad (skip_bad=True)"
         ) from None
     except Exception as error:  # Pillow's decoders raise about anything on broken files
         raise DataError(
             f"{full_name(items, index)}: expected an image, got {said(error, 300)}; "
-            "remove or replace it, or leave such files out with skip_bad"
+            "remove or replace it, or leave such files out with --skip-bad (skip_bad=True)"
         ) from error
 
 
-def _pixels(image: Image.Image, size: int | None) -> Pixels:
+def _pixels(image: Image.Image, square: Square | None) -> Pixels:
     rgb = upright(image)
-    if size is not None:
-        rgb = _centre(rgb, size)
+    if square is not None:
+        rgb = _centre(rgb, square)
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
 
 
@@ -158,7 +169,7 @@ def common_size(items: Items) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def decode_all(items: Items, size: int | None, *, skip_bad: bool) -> tuple[Pixels, Ints]:
+def decode_all(items: Items, size: Square | None, *, skip_bad: bool) -> tuple[Pixels, Ints]:
     """Pixels [n, 3, h, w] of all images and the positions of broken ones, whose pixels stay 0.
 
     Without `skip_bad` the first broken image is an error. SizesDifferError if `size` is None and they do.
@@ -185,7 +196,7 @@ def decode_all(items: Items, size: int | None, *, skip_bad: bool) -> tuple[Pixel
 def find_bad(items: Items) -> Ints:
     """Positions of broken images; reads and decodes everything, keeps nothing."""
     # To a pixel: those that wait for their turn take no memory.
-    bad = [index for index, image in _decoded(items, 1) if isinstance(image, DataError)]
+    bad = [index for index, image in _decoded(items, Square(1, 1)) if isinstance(image, DataError)]
     return np.array(bad, dtype=np.int64)
 
 
@@ -260,15 +271,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shorter_side(size: int) -> int:
-    """What the shorter side of an image is resized to before its central square of `size` is cut out."""
-    return round(size * 256 / 224)
+def usual_square(size: int) -> Square:
+    """As published for DeiT: what is cut out is 224/256 of the shorter side."""
+    return Square(size, round(size * 256 / 224))
 
 
-def _centre(image: Image.Image, size: int) -> Image.Image:
+def _centre(image: Image.Image, square: Square) -> Image.Image:
     if max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{image.size[0]:,} x {image.size[1]:,} pixels, one side more than {LONGEST} times the other")
-    shorter = shorter_side(size)
+    size, shorter = square.size, square.shorter
     scale = shorter / min(image.size)
     width, height = (max(shorter, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -17,11 +17,12 @@ from upop.data.items import (
     Items,
     Pixels,
     SizesDifferError,
+    Square,
     common_size,
     decode_all,
     find_bad,
     full_name,
-    shorter_side,
+    usual_square,
 )
 from upop.data.listing import Listing
 from upop.data.rows import ParquetItems, for_random_access, free_row_groups
@@ -37,7 +38,7 @@ STREAMS = {"test": 0, "validation": 1, "subset of train": 3, "subset of validati
 @dataclass(frozen=True)
 class _Limits:
     memory: int  # bytes of decoded images
-    size: int  # pixels of a side of resized images
+    square: Square  # of resized images
     skip_bad: bool
 
 
@@ -49,6 +50,7 @@ def load_data(
     skip_bad: bool = False,
     memory_limit: int = 4 * 2**30,
     image_size: int = 224,
+    shorter_side: int | None = None,
     subset: int | None = None,
 ) -> ImageData:
     """Load a data set: "cifar10", "digits", `owner/name` on the Hub, or a local folder.
@@ -58,14 +60,16 @@ def load_data(
         too. Cuts are stratified and depend on the seed and the labels alone.
     skip_bad: leave out files that are no images, instead of an error; `skipped` names them.
     memory_limit: bytes that decoded images may take; beyond, they are decoded as they are used.
-    image_size: what images of differing sizes, and streamed ones, are brought to: the shorter side to 256/224
-        of it, then the central square. Images that all have one size are kept as they are.
+    image_size: pixels of a side of the central square that is cut out of images of differing sizes, and of streamed
+        ones, once their shorter side has been brought to `shorter_side` pixels (default: 256/224 of that, as
+        published for DeiT). Images that all have one size are kept as they are.
     subset: keep this many images of each split (all, where there are fewer).
     """
     listing = find(spec, skip_bad=skip_bad)
     check_classes(listing.labels, listing.parts, listing.classes, listing.name)
     parts = _with_subset(_with_all_parts(listing, validation, seed), listing, subset, seed)
-    splits, bad, kept = _splits(listing, parts, _Limits(memory_limit, image_size, skip_bad))
+    square = usual_square(image_size) if shorter_side is None else Square(image_size, shorter_side)
+    splits, bad, kept = _splits(listing, parts, _Limits(memory_limit, square, skip_bad))
     fingerprint = _fingerprint(splits)
     free_row_groups()
     return ImageData(
@@ -77,7 +81,7 @@ def load_data(
         fingerprint=fingerprint,
         skipped=(*listing.skipped, *bad),
         # What has one size is resized as a whole, later.
-        shorter_side=image_size if kept else shorter_side(image_size),
+        shorter_side=image_size if kept else square.shorter,
     )
 
 
@@ -168,7 +172,7 @@ def _streamed(
     if isinstance(items, ParquetItems) and key is not None:
         items = for_random_access(items, key)
     return {
-        part: StreamSplit(Chosen(items, index), torch.from_numpy(labels[index]), limits.size)
+        part: StreamSplit(Chosen(items, index), torch.from_numpy(labels[index]), limits.square)
         for part, index in parts.items()
     }
 
@@ -189,24 +193,27 @@ def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tu
     return None
 
 
-def _sizes(items: Items, limits: _Limits, *, differ: bool) -> list[int | None]:
+def _sizes(items: Items, limits: _Limits, *, differ: bool) -> list[Square | None]:
     """Sizes to decode to that fit in memory, the best first; None: as they are, unless they differ."""
     common = None if differ else common_size(items)
-    wanted: list[tuple[int | None, int]] = [(None, common[0] * common[1])] if common else []
-    wanted.append((limits.size, limits.size**2))
+    wanted: list[tuple[Square | None, int]] = [(None, common[0] * common[1])] if common else []
+    wanted.append((limits.square, limits.square.size**2))
     return [size for size, area in wanted if 3 * area * len(items) <= limits.memory]
 
 
-def _at_size(items: Items, needed: Ints, size: int | None, key: str | None, skip_bad: bool) -> tuple[Pixels, Ints]:
+def _at_size(
+    items: Items, needed: Ints, square: Square | None, key: str | None, skip_bad: bool
+) -> tuple[Pixels, Ints]:
     """As `_decoded`; out of the cache, which holds whole data sets only, where it can be."""
-    name = f"{key}-{size or 'kept'}" if key else None
+    size = None if square is None else square.size
+    name = f"{key}-{'kept' if square is None else f'{size}-of-{square.shorter}'}" if key else None
     pixels = cache.read(name, np.uint8, (len(items), 3, size, size))
     bad = cache.read(f"{name}-bad", np.int64, (None,)) if name else None
     if pixels is not None and bad is not None and (skip_bad or not len(bad)):
         if len(needed) == len(items):
             return pixels, bad
         return pixels[needed], np.searchsorted(needed, np.intersect1d(needed, bad))
-    pixels, bad = decode_all(Chosen(items, needed), size, skip_bad=skip_bad)
+    pixels, bad = decode_all(Chosen(items, needed), square, skip_bad=skip_bad)
     if name and len(needed) == len(items):
         cache.write(f"{name}-bad", bad)
         cache.write(name, pixels)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upop.data.items import Ints, Items, decode
+from upop.data.items import Ints, Items, Square, decode
 from upop.errors import DataError
 
 
@@ -33,14 +33,14 @@ class StreamSplit:
 
     items: Items  # n, this split's alone
     labels: Tensor  # int64 [n]
-    size: int  # every image comes as uint8 [3, size, size]
+    square: Square  # what every image comes as, uint8 [3, size, size]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Tensor:
         """Image uint8 [3, size, size]; a file that is no image is a DataError that names it."""
-        return torch.from_numpy(decode(self.items, index, self.size))
+        return torch.from_numpy(decode(self.items, index, self.square))
 
 
 Split: TypeAlias = MemorySplit | StreamSplit
