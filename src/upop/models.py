@@ -93,7 +93,7 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
 
 
 def _shorter_side(values: Mapping[str, Any], size: int) -> int | None:
-    """What a processor brings the shorter side of images to: `size` where nothing is cut off, None where it is mute."""
+    """What a processor brings the shorter side of images to: `size` where it cuts nothing off, None if it is mute."""
     found = values.get("size")
     edge = found.get("shortest_edge", size) if isinstance(found, dict) else found
     shorter = edge if edge is None or values.get("do_center_crop") else size
