@@ -9,6 +9,7 @@ on where they were, benchmarks of a few minutes start anew.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, "src")  # where upop is not installed: only its dependencies are then needed
 from common import provenance
 
+OWN = ("full", "base", "scratch", "dense-small")  # what the steps leave below --runs
 END_S = 60.0  # from asking a step to stop to ending it: a study's runs write their checkpoints
 LEAST_S = 60.0  # no step is begun with less time left
 
@@ -37,7 +39,8 @@ class Step:
 
     def words(self, args: argparse.Namespace) -> list[str]:
         """The command as this interpreter runs it."""
-        places = {"data": args.data, "runs": args.runs, "out": args.out, "device": args.device}
+        given = {"data": args.data, "runs": args.runs, "out": args.out, "device": args.device}
+        places = {name: shlex.quote(str(value)) for name, value in given.items()}
         places["common"] = "--data {data} --device {device} --overwrite --go-on".format(**places)
         program, *rest = shlex.split(self.command.format(**places))
         first = {"upop": [sys.executable, "-m", "upop"], "python": [sys.executable]}
@@ -152,8 +155,9 @@ def main() -> int:
 
 
 def bring_home(runs: Path, out: Path) -> None:
-    """Copy every result below `runs` to the same place below `out`: FOLDER/result.json as FOLDER.json."""
-    for result in (*runs.glob("**/result.json"), *runs.glob("**/study.json")):
+    """Copy every result of the steps to the same place below `out`: FOLDER/result.json as FOLDER.json."""
+    found = [runs.glob(f"{own}/**/{name}") for own in OWN for name in ("result.json", "study.json")]
+    for result in itertools.chain.from_iterable(found):
         home = out / result.parent.relative_to(runs)
         home = home.parent / f"{home.name}.json" if result.name == "result.json" else home / result.name
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -284,11 +284,12 @@ def spare(path: Path, warnings: list[str]) -> Iterator[None]:
 
 def weights_hash(model: Path) -> str | None:
     """What tells the weights of a saved model folder from all others; None where there are none to read."""
-    file = model / "model.safetensors"
-    if not file.is_file():
-        return None
-    stat = file.stat()
-    return _digest(file.resolve(), stat.st_mtime_ns, stat.st_size)
+    whole = model / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(model.glob("model*.safetensors*"))  # shards, and their index
+    hashes = [_digest(file.resolve(), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    if len(hashes) <= 1:
+        return hashes[0] if hashes else None
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=64)

@@ -85,6 +85,7 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
         )
     # Master weights: a folder saved in bfloat16 would otherwise be trained, and judged, in it.
     folder = fetch(name)
+    torch.manual_seed(seed)  # of a head that is not in the folder
     model = load(str(folder), new_head=new_head).float()
     values = _processor_settings(folder)
     size, mean, std, notes = _image_settings(name, model, values)
@@ -95,8 +96,9 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
 def _shorter_side(values: Mapping[str, Any], size: int) -> int | None:
     """What a processor brings the shorter side of images to: `size` where it cuts nothing off, None if it is mute."""
     found = values.get("size")
-    edge = found.get("shortest_edge", size) if isinstance(found, dict) else found
-    shorter = edge if edge is None or values.get("do_center_crop") else size
+    if isinstance(found, dict):  # where it squashes pictures to a square, by that square's side
+        found = found.get("shortest_edge", found.get("height", size))
+    shorter = found if found is None or values.get("do_center_crop") else size
     return shorter if isinstance(shorter, int) and shorter >= size else None
 
 

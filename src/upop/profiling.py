@@ -65,18 +65,18 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_macs(model: nn.Module, *, image_size: int | None = None, channels: int = 3) -> int:
+def count_macs(model: nn.Module, *, image_size: int | None = None, channels: int | None = None) -> int:
     """Multiply-accumulates of matrix products, convolutions and attention in the forward pass of one image.
 
-    `image_size` in pixels, of a square image; None = the model's own. Masked units count as unmasked ones.
-    Raises UpopError where `image_size` is needed and not given.
+    `image_size` in pixels, of a square image, and `channels`; None = the model's own. Masked units count as unmasked
+    ones. Raises UpopError where `image_size` is needed and not given.
     """
     flops: int = _count_flops(model, image_size, channels)[1].get_total_flops()
     return flops // 2
 
 
 def activation_macs(
-    model: nn.Module, *, image_size: int | None = None, channels: int = 3
+    model: nn.Module, *, image_size: int | None = None, channels: int | None = None
 ) -> tuple[dict[str, int], dict[str, int], int]:
     """`count_macs` by where they happen: in Linears, by path; outside of any layer with weights, by the module's path.
 
@@ -98,15 +98,21 @@ def activation_macs(
     return linears, others, total
 
 
-def _count_flops(model: nn.Module, image_size: int | None, channels: int) -> tuple[nn.Module, FlopCounterMode]:
+def _count_flops(model: nn.Module, image_size: int | None, channels: int | None) -> tuple[nn.Module, FlopCounterMode]:
     """A weightless copy of `model`, and what was counted in its forward pass of one image."""
     height, width = _stated_image_size(model) if image_size is None else (image_size, image_size)
     ghost = _on_meta(model).eval()
-    images = torch.empty(1, channels, height, width, dtype=_weights(model).dtype, device="meta")
+    planes = _own_channels(model) if channels is None else channels
+    images = torch.empty(1, planes, height, width, dtype=_weights(model).dtype, device="meta")
     # On the meta device: for CPU tensors the counter does not see scaled_dot_product_attention.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _call(ghost, images)
     return ghost, counter
+
+
+def _own_channels(model: nn.Module) -> int:
+    """Of the images that the first convolution, that of the patch embedding, takes; 3 without one."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def compare_latency(

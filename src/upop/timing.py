@@ -148,7 +148,7 @@ def _narrowed(
             keep[s.name] = torch.tensor([blocks.index(s.name) < max(1, round(fraction * len(blocks)))])
             continue
         each = align.get(s.kind, 1)
-        width = max(1, round(fraction * s.width / each)) * each
+        width = s.width if fraction >= 1 else min(s.width, max(1, round(fraction * s.width / each)) * each)
         if each == 1 and fraction < 1 and s.width >= 16:
             # Searches leave any width; times at powers of two would promise too much.
             width = min(s.width, width | 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from upop.data import MemorySplit, load_data
 from upop.data.items import MOST_PIXELS, upright
+from upop.data.sources import find
 from upop.errors import DataError, ModelError, UpopError, one_line, said
 from upop.families import find_structures
 from upop.folder import weights_hash
@@ -243,7 +244,8 @@ def width_rows(models: Sequence[Viewed]) -> list[Rows]:
 
 def samples(data: str) -> list[tuple[str, bytes]]:
     """Some test images of a data set to try: true class and PNG file. Raises UpopError where it cannot be read."""
-    found = load_data(data, subset=None if data == "digits" else 100)
+    # At least one of each class.
+    found = load_data(data, subset=None if data == "digits" else max(100, len(find(data, skip_bad=False).classes)))
     split = found.test if found.test is not None else found.validation
     step = max(1, len(split) // SAMPLES)
     chosen = []

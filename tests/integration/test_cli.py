@@ -92,6 +92,15 @@ def test_a_config_file_and_options_say_the_same_and_options_win(upop, tmp_path):
     assert "batch_size = 100" in text
 
 
+def test_options_may_complete_what_a_config_file_begins(upop, refused, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = "deit-digits"\ndata = "digits"\nsubset = 300\ntarget = "open"\n')
+    code, text, _ = upop("prune", "--config", path, "--max-drop", 0.01, "--dry-run")
+    assert (code, "max_drop = 0.01" in text) == (0, True)
+    assert f"{path}: target: open needs one of threshold" in refused("prune", "--config", path)
+    assert "learning" not in refused("prune", "--config", path, "--max-drop", 2)
+
+
 def test_prune_ends_with_a_table_and_eval_agrees(upop, tmp_path):
     code, text, _ = upop("prune", *QUICK, "--out", "run")
     assert code == 0

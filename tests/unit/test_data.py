@@ -436,10 +436,10 @@ def test_a_damaged_copy_for_streaming_is_made_again(tmp_path: Path, cache_folder
 
 def test_a_stream_is_not_needed_where_resized_images_fit(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "d", {"": {"a": 10, "b": 10}}, height=64, width=64)
-    assert images_of(load_data(str(root), image_size=8).train).shape[2:] == (64, 64)
-    small = load_data(str(root), image_size=8, memory_limit=20 * 3 * 64)
+    assert images_of(load_data(str(root), image_size=24).train).shape[2:] == (64, 64)
+    small = load_data(str(root), image_size=24, memory_limit=20 * 3 * 24**2)
     assert isinstance(small.train, MemorySplit)
-    assert small.train.images.shape[2:] == (8, 8)
+    assert small.train.images.shape[2:] == (24, 24)
 
 
 def test_fingerprint_follows_content(tmp_path: Path) -> None:

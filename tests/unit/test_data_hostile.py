@@ -109,3 +109,28 @@ def test_an_odd_image_among_many_of_one_size_is_not_decoded_before_all_are_resiz
     assert data.train.images.shape[1:] == (3, 16, 16)
     assert ((64, 64), None) not in decoded
     assert ((64, 64), items.usual_square(16)) in decoded
+
+
+def test_large_images_of_one_size_are_brought_to_the_models_when_they_are_decoded(tmp_path):
+    folder = image_folder(tmp_path / "d", {"": {"ant": 15, "bee": 15}}, height=64, width=64)
+    assert load_data(str(folder), image_size=32).train.images.shape[2:] == (64, 64)
+    data = load_data(str(folder), image_size=8)
+    assert data.train.images.shape[2:] == (8, 8)
+    assert data.shorter_side == 9
+
+
+def test_linked_folders_in_a_class_are_read_once_and_never_for_ever(tmp_path):
+    folder = image_folder(tmp_path / "d", {"": {"ant": 15, "bee": 15}})
+    image_folder(tmp_path / "elsewhere", {"": {"more": 10}})
+    (folder / "ant/more").symlink_to(tmp_path / "elsewhere/more")
+    (folder / "ant/again").symlink_to(tmp_path / "elsewhere/more")
+    (folder / "ant/round").symlink_to(folder / "ant")
+    data = load_data(str(folder))
+    assert sum(len(split) for split in (data.train, data.validation, data.test)) == 40
+
+
+def test_a_class_that_no_config_could_name_is_refused(tmp_path):
+    folder = image_folder(tmp_path / "d", {"": {"ant": 15, "bee": 15}})
+    os.rename(os.fsencode(folder / "bee"), os.fsencode(folder) + b"/caf\xe9")
+    with pytest.raises(DataError, match="expected class folders with names in UTF-8, got 'caf"):
+        load_data(str(folder))

@@ -1,5 +1,6 @@
 """What waits for a GPU: its commands are ones that the programs take, and it can be worked off in several calls."""
 
+import argparse
 import json
 import re
 import runpy
@@ -73,7 +74,10 @@ def test_a_step_that_is_done_is_not_done_again_and_one_that_failed_is(gpu, monke
 
 
 def test_a_step_out_of_time_is_asked_to_stop_and_what_it_kept_is_brought_home(gpu, monkeypatch, tmp_path):
-    run = tmp_path / "runs/study/upop_params0.9_s0"
+    run = tmp_path / "runs/full/upop_params0.9_s0"
+    another = tmp_path / "runs/demo/result.json"
+    another.parent.mkdir(parents=True)
+    another.write_text("{}")
     keep = (
         "import pathlib, signal, time; "
         f'd = pathlib.Path("{run}"); d.mkdir(parents=True, exist_ok=True); '
@@ -83,8 +87,16 @@ def test_a_step_out_of_time_is_asked_to_stop_and_what_it_kept_is_brought_home(gp
     give(gpu, tmp_path, ("long", keep, 2 / 60), ("next", "pass", 1))
     assert call(gpu, monkeypatch, tmp_path) == 1
     assert (run / "begun").exists()
-    assert (tmp_path / "out/study/upop_params0.9_s0.json").read_text() == "{}"
+    assert (tmp_path / "out/full/upop_params0.9_s0.json").read_text() == "{}"
+    assert not list((tmp_path / "out").rglob("demo*")), "is none of a step's"
     assert set(json.loads((tmp_path / "out/done.json").read_text())) == {"next"}
+
+
+def test_paths_may_have_spaces(gpu):
+    places = {"data": "my data", "runs": Path("my runs"), "out": Path("o"), "device": "cuda"}
+    words = [word for step in gpu["STEPS"] for word in step.words(argparse.Namespace(**places))]
+    assert {"my data", "my runs/full"} <= set(words)
+    assert "my" not in words
 
 
 def test_nothing_is_begun_in_the_last_minute(gpu, monkeypatch, tmp_path):

@@ -45,6 +45,24 @@ def table_of(model, **options):
     return timing.measure_latency_table(model, image_size=32, **options)
 
 
+@pytest.mark.parametrize(("width", "align"), [(60, {}), (84, {"mlp": 64}), (60, {"attn": 8})], ids=str)
+def test_while_one_kind_is_narrowed_the_other_is_whole_though_its_width_may_be_no_multiple(
+    make_model, machine, monkeypatch, width, align
+):
+    model = make_model(width=width, heads=3)  # 20 head dims, or 336 hidden neurons
+    whole = {s.name: s.units for s in find_structures(model)}
+    narrow, seen = timing.slim, []
+
+    def watched(model, keep):
+        seen.append({name.partition(".")[0] for name, kept in keep.items() if int(kept.sum()) < whole[name]})
+        return narrow(model, keep)
+
+    monkeypatch.setattr(timing, "slim", watched)
+    table_of(model, align=align)
+    assert seen.count({"attn"}) > 1
+    assert seen.count({"mlp"}) > 1
+
+
 @pytest.mark.parametrize("kinds", [("attn", "mlp"), ("dims", "mlp"), ("qk", "v", "mlp")])
 def test_the_table_tells_the_time_of_any_widths(make_model, random_lanes, machine, kinds):
     model = make_model(layers=4, heads=2, width=128)

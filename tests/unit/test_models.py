@@ -173,6 +173,7 @@ def test_the_processor_of_a_folder_says_how_its_images_are_cut(make_model, tmp_p
         ({"size": {"shortest_edge": 40}, "do_center_crop": False}, 32),
         ({"size": {"shortest_edge": 32}, "do_center_crop": True}, 32),
         ({"size": {"shortest_edge": 40}, "do_center_crop": True}, 40),
+        ({"size": {"height": 40, "width": 40}, "do_center_crop": True}, 40),  # DeiTImageProcessor's
         ({"size": 40, "do_center_crop": True}, 40),  # as older releases write it
         (None, 37),  # nobody says: 256/224
     ],

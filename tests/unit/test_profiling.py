@@ -51,6 +51,15 @@ def test_macs_of_deit_base_are_the_known_number(attention: str) -> None:
     assert count_macs(model) / 1e9 == pytest.approx(17.563, abs=5e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_have_the_channels_that_the_model_takes(channels: int) -> None:
+    model = tiny_vit(num_channels=channels)
+    tokens = (IMAGE // PATCH) ** 2
+    patches = tokens * WIDTH * PATCH**2  # of one channel
+    assert count_macs(model) - count_macs(tiny_vit()) == (channels - 3) * patches
+    assert upop.analyze(model).costs["macs"].dense == count_macs(model)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_macs_of_a_slimmed_model_follow_the_formula(attention: str) -> None:
     model = tiny_vit(attn_implementation=attention)

@@ -12,6 +12,7 @@ import pytest
 import upop
 from upop.errors import UpopError
 from upop.report.page import build, load_results
+from upop.report.paired import Side, compare
 
 SMALL = dict(seeds=(0, 1, 2), targets=("prunable=0.5", "prunable=0.8"))
 
@@ -184,6 +185,17 @@ def test_models_of_two_sizes_are_two_rows_each_beside_its_own_dense_model(tmp_pa
     assert "Several models or data sets" in text
     assert "One model and one data set" not in text
     assert "its runs start from" not in text
+
+
+def test_runs_on_different_models_are_never_paired(tmp_path):
+    made = {f"large-{seed}": of_model("vit-large", 0.90, 900_000, seed=seed) for seed in range(3)}
+    made |= {f"small-{seed}": of_model("vit-small", 0.50, 100_000, seed=seed) for seed in range(2)}
+    small = {"method": "magnitude"}
+    made |= {f"magnitude-{seed}": of_model("vit-small", 0.50, 100_000, seed=seed, **small) for seed in range(3)}
+    results = load_results(fake.write(tmp_path, made))
+    comparison = compare(results.runs, Side("upop"), Side("magnitude"), stage="retrain")
+    assert [(row.a.n, row.a.mean, row.b.mean) for row in comparison.rows] == [(2, 48.0, 48.0)]
+    assert not [note for note in results.notes if "start from" in note]
 
 
 def test_dense_models_of_one_shape_are_seeds_of_one(tmp_path):

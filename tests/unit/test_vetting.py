@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import upop
 from upop.errors import ModelError
+from upop.folder import weights_hash
 from upop.models import load_model
 from upop.vetting import vet
 
@@ -140,6 +141,15 @@ def test_a_model_in_shards_is_loaded(model, sound, images, logits_of):
     shards(model)
     pixels = images(size=8)
     assert torch.equal(logits_of(upop.from_pretrained(model), pixels), logits_of(upop.from_pretrained(sound), pixels))
+
+
+def test_weights_in_shards_are_told_apart_by_any_of_them(model):
+    whole = weights_hash(model)
+    shards(model)
+    first = weights_hash(model)
+    tensors = load_file(model / "model-1.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, model / "model-1.safetensors", {"format": "pt"})
+    assert len({None, whole, first, weights_hash(model)}) == 4
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_refused(model):

@@ -192,3 +192,11 @@ def test_samples_are_test_images_with_their_classes():
     assert {label for label, _ in found} <= set("0123456789")
     assert all(read_image(file).size == (8, 8) for _, file in found)
     assert Path("digits").exists() is False
+
+
+def test_samples_are_there_for_many_classes(tmp_path):
+    for number in range(3 * 120):
+        file = tmp_path / "data" / f"class{number // 3:03}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, 0, 0)).save(file)
+    assert len(view.samples(str(tmp_path / "data"))) == view.SAMPLES

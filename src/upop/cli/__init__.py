@@ -16,7 +16,7 @@ from upop import __version__
 from upop.allocator import keep_freed_memory
 from upop.cli import bench, export, push, studies, view
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
-from upop.config import PruneConfig, load_config, make_config, parse_align
+from upop.config import ConfigError, PruneConfig, load_config, make_config, parse_align
 from upop.errors import STOPPED, StopError, UpopError
 
 DEMO_FOLDER = Path("runs/demo")
@@ -146,16 +146,19 @@ def _prune(
             raise UpopError("--resume: the run in the folder has its own configuration; leave out all other options")
         _resume(resume)
         return
-    if config:
-        # On its own first, so that what is wrong with the file is not blamed on the options, nor the reverse.
-        make_config({"model": "?", "data": "?"} | load_config(config), where=str(config))
-    chosen = make_config((load_config(config) if config else {}) | given)
+    in_file = load_config(config) if config else {}
+    try:
+        chosen = make_config(in_file | given)
+    except ConfigError:
+        if config:  # what is wrong with the file is not to be blamed on the options
+            make_config({"model": "?", "data": "?"} | in_file, where=str(config))
+        raise
     quiet_libraries()
-    from upop.plan import make_plan
+    from upop.plan import cpu_threads, make_plan
     from upop.run import prune
 
     if dry_run:
-        with out.status("loading model and data"):
+        with out.status("loading model and data"), cpu_threads(chosen.threads):
             plan = make_plan(chosen)
         print_plan(plan)
         return

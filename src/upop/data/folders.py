@@ -133,6 +133,9 @@ def _classes(folder: Path) -> tuple[str, ...]:
     classes = tuple(file.name for file in visible if file.is_dir())
     if loose:
         raise DataError(f"{loose[0]}: expected images inside class folders, got one beside them; move it into one")
+    for name in classes:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that no config.json could hold
+            raise DataError(f"{folder}: expected class folders with names in UTF-8, got {name!r}; rename it")
     if not classes:
         raise DataError(
             f"{folder}: no images: expected parquet files, cifar-10-batches-py or a folder per class, "
@@ -153,7 +156,12 @@ def _check_same_classes(train: tuple[str, ...], other: tuple[str, ...], at: Path
 def _images(folder: Path, *, skip_bad: bool) -> tuple[list[Path], list[Path]]:
     """Image files below a class folder and other files, which are errors unless they may be skipped."""
     good, bad = [], []
-    for place, folders, _ in os.walk(folder, onerror=_raise):
+    seen: set[str] = set()
+    for place, folders, _ in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to where it lies in itself, or a second one
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [file for file in _visible(Path(place)) if not file.is_dir()]
         good += [file for file in files if file.suffix.lower() in SUFFIXES]

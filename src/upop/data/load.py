@@ -35,6 +35,11 @@ PARTS = ("train", "validation", "test")
 STREAMS = {"test": 0, "validation": 1, "subset of train": 3, "subset of validation": 4, "subset of test": 5}
 
 
+# Images of one size are kept as they are up to so many times the side that the model needs: whole batches of them are
+# augmented in float32, and resized at last.
+MOST_KEPT = 3
+
+
 @dataclass(frozen=True)
 class _Limits:
     memory: int  # bytes of decoded images
@@ -62,7 +67,7 @@ def load_data(
     memory_limit: bytes that decoded images may take; beyond, they are decoded as they are used.
     image_size: pixels of a side of the central square that is cut out of images of differing sizes, and of streamed
         ones, once their shorter side has been brought to `shorter_side` pixels (default: 256/224 of that, as
-        published for DeiT). Images that all have one size are kept as they are.
+        published for DeiT). Images that all have one size are kept as they are, unless that is three times as large.
     subset: keep this many images of each split (all, where there are fewer).
     """
     listing = find(spec, skip_bad=skip_bad)
@@ -196,7 +201,9 @@ def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tu
 def _sizes(items: Items, limits: _Limits, *, differ: bool) -> list[Square | None]:
     """Sizes to decode to that fit in memory, the best first; None: as they are, unless they differ."""
     common = None if differ else common_size(items)
-    wanted: list[tuple[Square | None, int]] = [(None, common[0] * common[1])] if common else []
+    area = common[0] * common[1] if common else 0
+    kept = 0 < area <= MOST_KEPT**2 * limits.square.shorter**2
+    wanted: list[tuple[Square | None, int]] = [(None, area)] if kept else []
     wanted.append((limits.square, limits.square.size**2))
     return [size for size, area in wanted if 3 * area * len(items) <= limits.memory]
 

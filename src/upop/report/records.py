@@ -321,10 +321,12 @@ def _departs(run: Run, key: str, runs: Sequence[Run], base: Mapping[str, Any]) -
 def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any], *, given: bool = False) -> Any:
     """The value of a setting that makes no variant.
 
-    That is the study's, else the default, else the commonest: over all methods for what `DEFAULTS` knows, else over
-    the runs of `method`, because a method may bring its own (how its masks shrink, how long it searches).
+    That is the study's, else the default, else the commonest: over all methods for what `DEFAULTS` knows and for model
+    and data, else over the runs of `method`, because a method may bring its own (how its masks shrink, how long it
+    searches).
     """
-    among = [run.given if given else run.config for run in runs if key in DEFAULTS or run.method == method]
+    of_all = key in DEFAULTS or key in PLACES
+    among = [run.given if given else run.config for run in runs if of_all or run.method == method]
     values = Counter(json.dumps(settings.get(key), sort_keys=True) for settings in among)
     for known in (base, DEFAULTS):
         if key in known and json.dumps(known[key], sort_keys=True) in values:
