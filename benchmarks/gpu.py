@@ -47,6 +47,10 @@ class Step:
         return [*first[program], *rest]
 
 
+TINY = " ".join(
+    "{runs}/full/" + run for run in ("dense/model", *(f"upop_params{r}_s0/model" for r in (0.5, 0.8, 0.9)))
+)
+
 # The dense model and a table's worth of runs first: eight at a time, since one alone leaves most of a GPU idle.
 STEPS = (
     # Its latencies are measured beside each other: those of bench-tiny count.
@@ -82,9 +86,14 @@ STEPS = (
     ),
     Step(
         "bench-tiny",
-        "upop bench {runs}/full/dense/model {runs}/full/upop_params0.5_s0/model {runs}/full/upop_params0.8_s0/model "
-        "{runs}/full/upop_params0.9_s0/model --device {device} --runtimes eager,compile --seconds 2 "
-        "--overwrite --out {out}/bench-tiny",
+        f"upop bench {TINY} --device {{device}} --runtimes eager --seconds 2 --overwrite --out {{out}}/bench-tiny",
+        8,
+    ),
+    # Of a few batches: compiling takes longer than measuring.
+    Step(
+        "bench-tiny-compiled",
+        f"upop bench {TINY} --device {{device}} --runtimes compile --batches 1,64,1024 --seconds 2 --overwrite "
+        "--out {out}/bench-tiny-compiled",
         15,
     ),
     Step(
