@@ -35,7 +35,8 @@ OLDER = ".older.partial"  # what a folder is called while another takes its name
 MARK = ".upop-run"  # says that a run of upop made the folder
 RUN_FILES = ("config.toml", "metrics.jsonl", "log", "result.json", "trace.npz", "widths.png", "stages.png")
 FILES = (*RUN_FILES, "search.html", "report.html", "report.md")  # and what other commands leave beside them
-FOLDERS = ("dense", "slim", "model", "last-good", "checkpoints")
+MODELS = ("dense", "slim", "model")  # of stages that are over
+FOLDERS = (*MODELS, "last-good", "checkpoints")
 TRACKED = "upop"  # what some trackers write: theirs to clear, since they begin before the folder is claimed
 
 
@@ -92,8 +93,9 @@ class RunFolder:
         """
         if not self.main or not (self.path / "config.toml").exists():
             return
-        names = FOLDERS[:3] if kept and not self.holds_checkpoints else FOLDERS[:4]
-        models = [name for name in (*names, "result.json") if (self.path / name).exists()]
+        minutes_old = kept and not self.holds_checkpoints
+        names = (*MODELS, *(() if minutes_old else ("last-good",)), "result.json")
+        models = [name for name in names if (self.path / name).exists()]
         if models:
             raise UpopError(
                 f"out {self.path}: holds a run that cannot be taken up, its {' and '.join(models)} would be lost; "

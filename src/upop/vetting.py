@@ -95,9 +95,8 @@ def _instead(folder: Path) -> str:
     """What there is where a folder with config.json was expected, and what to do."""
     if (folder / "model/config.json").exists():
         return f"found no config.json; did you mean {folder / 'model'}?"
-    weights = (
-        [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.suffix in (*PICKLED, ".safetensors"))
-    )
+    files = [folder] if folder.is_file() else sorted(folder.iterdir())
+    weights = [file for file in files if file.suffix in (*PICKLED, ".safetensors")]
     if not weights:
         return "got a file" if folder.is_file() else "found no config.json"
     runs = ", and can run code when it is loaded" if weights[0].suffix in PICKLED else ""

@@ -81,8 +81,8 @@ def baseline(results: Results) -> str:
     levels = dense_levels(results)
     if len(levels) <= 1:
         control, dense = next(iter(controls.values()), None), next(iter(levels.values()), None)
-        said = f"{spread(dense) if dense else NOTHING}; {CONTINUED} {spread(control) if control else 'not run'}."
-        return f"Dense {said}"
+        against = spread(control) if control else "not run"
+        return f"Dense {spread(dense) if dense else NOTHING}; {CONTINUED} {against}."
     each = [f"dense{in_words(place)}: {spread(level)}" for place, level in levels.items()]
     each += [f"{name}: {spread(level)}" for name, level in controls.items() if level]
     return "D" + "; ".join(each)[1:] + "."
