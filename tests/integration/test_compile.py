@@ -45,7 +45,7 @@ def test_a_compiled_search_equals_the_eager_one_and_compiles_once() -> None:
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=128,
         image_size=16,
