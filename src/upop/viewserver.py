@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -69,6 +70,11 @@ class ViewServer(http.server.ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UpopError(f"port {port}: cannot be used ({reason}); choose another, or 0 for any") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What a connection ends with outside of an answer: nothing where the browser broke it off."""
+        if not isinstance(sys.exception(), ConnectionError):
+            log.exception("view: %s", client_address)
 
     @property
     def url(self) -> str:

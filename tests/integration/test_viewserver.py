@@ -8,9 +8,11 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 
 import chromium
 import pytest
@@ -109,6 +111,22 @@ def test_only_this_host_and_its_own_page_are_answered(server, ask):
         assert ask("POST", "/predict", picture(), Origin=origin)[0] == 403, origin
     assert ask("POST", "/predict", picture(), Sec_Fetch_Site="cross-site")[0] == 403
     assert "Access-Control-Allow-Origin" not in ask("OPTIONS", "/predict", Origin=own)[1]
+
+
+def test_a_browser_that_breaks_off_between_two_requests_is_no_error_to_see(server, ask, capsys):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
+    connection.request("GET", "/")
+    connection.getresponse().read()
+    before = threading.active_count()
+    # The next bytes are a reset, as of a browser that ends.
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() >= before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() < before
+    assert capsys.readouterr().err == ""
+    assert ask("GET", "/")[0] == 200
 
 
 @pytest.mark.parametrize(
