@@ -20,7 +20,8 @@ from upop.report.references import PAPER, PUBLISHED, REPORT
 RESULTS = Path(__file__).parents[1] / "results"
 RATIOS = (0.5, 0.8, 0.9)
 NOTHING = 0.0  # removed
-SCRATCH = "from-scratch"
+# What was trained from scratch, by folder of results.
+SCRATCH = {"from-scratch": "a dense model of that size", "same-shape": "what pruning left, random weights"}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 USUAL_RATE = {"adamw": 1e-3, "muon": 5e-3}  # of retraining
 # What a row says of a run of a study, rates going with the optimizer: runs that differ in more need rows of their own.
@@ -96,8 +97,8 @@ def table(start: Start) -> str:
     for kind in sorted(rows, key=lambda kind: (-kind.search - kind.retrain, -_hardest(rows[kind]))):
         epochs = f"{kind.search:g} + {kind.retrain:g}"
         lines.append(_line(kind.what, epochs, kind.optimizer, rows[kind].found, *rows[kind].sources))
-    for epochs, optimizer, ratio, accuracy in from_scratch():
-        lines.append(_line("a dense model of that size", epochs, optimizer, {ratio: [accuracy]}, SCRATCH))
+    for (source, epochs, optimizer), found in from_scratch().items():
+        lines.append(_line(SCRATCH[source], epochs, optimizer, found, source))
     text = "\n".join(lines + (_published() if start.published else []))
     # The site has pages to link to, no folders.
     return text if start.page == "README.md" else re.sub(r"\[[^]]+\]\((results/[^)]+)\)", r"`\1`", text)
@@ -154,17 +155,21 @@ def _of_peers(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, str]
             yield kind, spec["ratio"], 100 * data["accuracy"]["retrained"]["test"], name
 
 
-def from_scratch() -> Iterator[tuple[str, str, float, float]]:
-    """Epochs, optimizer, the ratio whose pruned model has about as many parameters, accuracy."""
+def from_scratch() -> dict[tuple[str, str, str], dict[float, list[float]]]:
+    """(Folder, epochs, optimizer) -> accuracies by the ratio whose pruned model has about as many parameters."""
     dense = json.loads((RESULTS / "claims/dense.json").read_text())["params"]["after"]
-    paths = sorted((RESULTS / SCRATCH).glob("*.json"))
-    assert paths, f"no results in {SCRATCH}"
-    for data in (json.loads(path.read_text()) for path in paths):
-        ratio = min(RATIOS, key=lambda ratio: abs(ratio - 1 + data["params"]["after"] / dense))
-        epochs = f"{data['config']['epochs_dense']:g} from scratch"
-        # What the smallest of these had was mixup alone, as the dense model of `claims`.
-        epochs += ", TrivialAugment" if data["config"].get("randaugment") else ""
-        yield epochs, OPTIMIZERS[data["config"]["optimizer"]], ratio, 100 * data["accuracy"]["dense"]["test"]
+    rows: dict[tuple[str, str, str], dict[float, list[float]]] = {}
+    for source in SCRATCH:
+        paths = sorted((RESULTS / source).glob("*.json"))
+        assert paths, f"no results in {source}"
+        for data in (json.loads(path.read_text()) for path in paths):
+            ratio = min(RATIOS, key=lambda ratio: abs(ratio - 1 + data["params"]["after"] / dense))
+            epochs = f"{data['config']['epochs_dense']:g} from scratch"
+            # What the smallest of these had was mixup alone, as the dense model of `claims`.
+            epochs += ", TrivialAugment" if data["config"].get("randaugment") else ""
+            row = rows.setdefault((source, epochs, OPTIMIZERS[data["config"]["optimizer"]]), {})
+            row.setdefault(ratio, []).append(100 * data["accuracy"]["dense"]["test"])
+    return rows
 
 
 def _hardest(row: Row) -> float:

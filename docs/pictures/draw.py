@@ -159,8 +159,10 @@ def sizes() -> plt.Figure:
             capsize=2,
         )
     marks = [
-        (whole * (1 - ratio), value, f"from scratch, {epochs.split()[0]} epochs", "left")
-        for epochs, _, ratio, value in overview.from_scratch()
+        (whole * (1 - ratio), statistics.fmean(values), f"from scratch, {epochs.split()[0]} epochs", "left")
+        for (source, epochs, _), found in overview.from_scratch().items()
+        for ratio, values in found.items()
+        if source == "from-scratch"
     ]
     marks += [
         (whole, statistics.fmean(row.found[0.0]), f"trained on, {kind.search + kind.retrain:g} epochs", "right")

@@ -245,6 +245,17 @@ class PruneConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _teacher(self) -> "PruneConfig":
+        if self.stages == "retrain":
+            # The model that this run is given would be its own teacher.
+            for name in ("distill", "distill_features"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}: needs the dense model, which stage retrain alone has not; use search,retrain"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _one_shot(self) -> "PruneConfig":
         if self.one_shot:
             if self.method not in ONE_SHOT:
