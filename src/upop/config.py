@@ -83,7 +83,9 @@ class PruneConfig(BaseModel):
     )
     batch_size: int = Field(128, ge=1, description="images per optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches a step is split into, to save memory")
-    optimizer: Literal["adamw", "muon"] | None = Field(None, description="adamw; from scratch: muon")
+    optimizer: Literal["adamw", "muon"] | None = Field(
+        None, description="adamw; muon from scratch, and for what it has trained in an earlier run"
+    )
     lr: float | None = Field(None, gt=0, description="peak rate of the dense stage (5e-5; from scratch 0.02)")
     lr_search: float | None = Field(
         None, gt=0, description="rate of the search, constant after warm-up (half of lr_retrain)"
@@ -320,14 +322,16 @@ class PruneConfig(BaseModel):
         """Whether the run includes `stage`."""
         return stage in self.stages.split(",")
 
-    def resolve(self, *, trained: bool, device_type: str) -> "PruneConfig":
+    def resolve(self, *, trained: bool, device_type: str, trained_by: str | None = None) -> "PruneConfig":
         """The same configuration with every automatic value filled in, as it is saved beside the result.
 
         Pretrained weights get a learning rate that does not destroy them: 5e-5 for AdamW. From scratch: Muon, at a
         rate that the later stages, whose model is trained by then, must not keep. What depends on the model's units or
         the number of steps (`sparsity_mlp`, `lr_mask`) the plan fills in.
         """
-        optimizer = self.optimizer or ("adamw" if trained else "muon")
+        # What Muon has trained here loses less where Muon trains it again; fine-tuning is to be gentle all the same.
+        muon = not trained or (trained_by == "muon" and not self.has("dense"))
+        optimizer = self.optimizer or ("muon" if muon else "adamw")
         gentle = {"adamw": 5e-5, "muon": 5e-3}[optimizer]
         lr = self.lr or (gentle if trained else {"adamw": 1e-3, "muon": 0.02}[optimizer])
         lr_retrain = self.lr_retrain or (lr if trained else lr / 4)

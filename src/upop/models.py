@@ -20,6 +20,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+OPTIMIZER = "upop_optimizer"  # a model's config says under this name what it was trained by
 PROCESSOR, NEWER_PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
@@ -62,6 +63,7 @@ class LoadedModel:
     folder: Path | None = None  # that it was loaded from
     notes: tuple[str, ...] = ()  # what was assumed and a reader of the results should know
     shorter_side: int | None = None  # that images are resized to before `image_size` is cut out; None: nobody says
+    optimizer: str | None = None  # that a run of upop has trained it by; None: nobody says
 
 
 def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedModel:
@@ -90,7 +92,17 @@ def load_model(name: str, *, seed: int = 0, new_head: bool = False) -> LoadedMod
     values = _processor_settings(folder)
     size, mean, std, notes = _image_settings(name, model, values)
     shorter = _shorter_side(values, size)
-    return LoadedModel(model, size, mean, std, trained=True, folder=folder, notes=notes, shorter_side=shorter)
+    return LoadedModel(
+        model,
+        size,
+        mean,
+        std,
+        trained=True,
+        folder=folder,
+        notes=notes,
+        shorter_side=shorter,
+        optimizer=getattr(model.config, OPTIMIZER, None),
+    )
 
 
 def _shorter_side(values: Mapping[str, Any], size: int) -> int | None:

@@ -125,7 +125,7 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     budget = (
         target.budget(cost, align, unified=METHODS[config.method].unified) if target is not None and pruned else 0.0
     )
-    config = config.resolve(trained=loaded.trained, device_type=device)
+    config = config.resolve(trained=loaded.trained, device_type=device, trained_by=loaded.optimizer)
     per_epoch = max(1, len(data.train) // config.batch_size)
     epochs = {
         "dense": config.epochs_dense or 0,

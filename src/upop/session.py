@@ -22,7 +22,7 @@ from upop import checkpoint, processes
 from upop.config import STAGES
 from upop.errors import StopError
 from upop.folder import RunFolder
-from upop.models import save_image_processor
+from upop.models import OPTIMIZER, save_image_processor
 from upop.observer import Observer
 from upop.plan import Plan, set_attention
 from upop.pretrained import load, save_pretrained
@@ -153,6 +153,8 @@ class Session:
 
     def save(self, model: nn.Module, name: str) -> None:
         """`model` with its image processor as a sub-folder that loads like any Hugging Face model."""
+
+        setattr(model.config, OPTIMIZER, self.plan.config.optimizer)
 
         def fill(folder: Path) -> None:
             save_pretrained(model, folder)

@@ -138,6 +138,26 @@ def test_every_stage_can_be_entered_alone(run, tmp_path):
     assert result["widths"]["before"] == result["widths"]["after"]
 
 
+def test_later_stages_alone_are_what_they_are_in_one_run(run, make_model, tmp_path):
+    folder, first = run
+    options = ("optimizer", "lr_search", "lr_retrain")
+    whole = [first["config"][name] for name in options]
+    assert whole == ["muon", 2.5e-3, 5e-3]
+
+    def planned(model, **more):
+        values = {**QUICK, "model": str(model), "stages": "search,retrain", "out": str(tmp_path / "out"), **more}
+        config = make_plan(make_config(values)).config
+        return [getattr(config, name) for name in options]
+
+    for model in ("dense", "slim", "model"):
+        assert planned(folder / model) == whole
+    assert planned(folder / "dense", optimizer="adamw")[0] == "adamw"
+    # Fine-tuning, and weights of elsewhere, are treated gently.
+    assert planned(folder / "dense", stages="dense,search,retrain") == ["adamw", 2.5e-5, 5e-5]
+    upop.save_pretrained(make_model("vit", image=16, patch=4), tmp_path / "elsewhere")
+    assert planned(tmp_path / "elsewhere") == ["adamw", 2.5e-5, 5e-5]
+
+
 def test_a_slimmed_model_can_be_pruned_again(run, tmp_path):
     folder, first = run
     config = {**QUICK, "model": str(folder / "model"), "target": "params=0.3", "stages": "search,retrain"}
