@@ -115,6 +115,16 @@ class Masks:
         for forward in self._forwards:
             refuse_sharded(forward.module, forward.path)
 
+    def refuse_others(self, model: nn.Module) -> None:
+        """Raise ModelError where `model` has masks of another search, of other kinds, as well."""
+        for module in model.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, _MaskedForward) and forward.terms and forward not in self._forwards:
+                raise ModelError(
+                    f"{forward.path}: masked by another search; cut for both, upop.slim(model, {{**one.keep(), "
+                    "**other.keep()}), or detach() the other"
+                )
+
     def detach(self) -> None:
         """Take the masks off: the model computes with its own weights again, bit for bit. Idempotent."""
         for forward in self._forwards:

@@ -71,7 +71,11 @@ class Scores:
         flat = torch.cat([found[s.name].to(self.device).reshape(-1) for s in self._structures])
         # DDP does not know masks.
         gradients = of_each(self._structures, processes.mean_(flat).double())
-        gradients = {name: g / (scale or 1.0) for name, g in self._penalty.add_gradients(gradients).items()}
+        if self._by == "gradient":
+            gradients = self._penalty.add_gradients(gradients)
+        else:  # effects on the loss are those on the task's
+            self._penalty.clear()
+        gradients = {name: g / (scale or 1.0) for name, g in gradients.items()}
         failed = ~torch.cat(list(gradients.values())).isfinite().all()
         # Not finite stays so in the sums, unless it is kept out of them.
         self._failed = torch.where(failed, self._failed + 1, self._failed if scale is None else 0)

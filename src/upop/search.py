@@ -41,8 +41,9 @@ from upop.targets import ROUNDING, Target, check_goal, find_cost, floor4
 
 log = logging.getLogger(__name__)
 
-# Steps by which an optimizer has moved the masks that it trains, whatever its warm-up or overflows at the start.
-TRAINED_BY = 20
+# Steps by which an optimizer has moved the masks that it trains, whatever its warm-up or overflows at the start; in a
+# long search, whose first updates are rounded away beside 1, this share of all.
+TRAINED_BY, TRAINED_BY_SHARE = 20, 0.02
 # No open-ended search goes further than this fraction of the prunable cost.
 OPEN_LIMIT = 0.95
 
@@ -141,9 +142,12 @@ class Search:
             for kind in values:
                 _one_of(what, kind, kinds)
         _check_weights(sparsity or {})
-        self.threshold, self.seed = threshold, seed
+        # Plain numbers, whatever type was given: a state is to be saved without code that unpacks it.
+        self.threshold, self.seed = None if threshold is None else float(threshold), int(seed)
         self.sparsity = (
-            {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds} if sparsity is None else dict(sparsity)
+            {k: v for k, v in DEFAULT_SPARSITY.items() if k in kinds}
+            if sparsity is None
+            else {kind: float(weight) for kind, weight in sparsity.items()}
         )
         # The control removes nothing, so that no table is needed to say how much.
         currency = "params" if target is None or self.method.score == "none" else target.currency
@@ -158,13 +162,14 @@ class Search:
         if threshold is not None and (self.align or any(s.lanes > 1 for s in self.structures)):
             raise TargetError("threshold: decides on each unit by itself; leave out align and the kinds dims, qk, v")
         # As a fraction of what the units cost, whatever the target's own unit is.
-        self.target_ratio = self._target_ratio()
+        self.target_ratio = float(self._target_ratio())
         budget = self.target_ratio * self.cost.prunable
         self._slack = math.inf if target is None else target.slack(self.cost, budget)
         self._rules: tuple[float, int, float | None, float | None] | None = None
         if max_drop is not None or tolerance is not None:
             limit = self.target_ratio if target is not None else min(OPEN_LIMIT, self._most())
-            self._rules = (limit, min(checks, steps), max_drop, tolerance)
+            drop, fall = (None if value is None else float(value) for value in (max_drop, tolerance))
+            self._rules = (limit, min(checks, steps), drop, fall)
         self.growth = self._new_growth()
         self._latency = latency.digest if latency is not None and self.cost.currency == "latency" else None
         self.ratio = 0.0
@@ -242,8 +247,8 @@ class Search:
         if not self.trains_masks:
             scale = None if scaler is None else float(scaler.get_scale())
             self._scores.take(self.steps_done, scale=scale, last=self.steps_done == self.steps - 1)
-        elif self.steps_done == min(TRAINED_BY, self.steps - 1) and self.steps > 1:
-            self._refuse_untrained()
+        elif self.steps_done == min(max(TRAINED_BY, int(TRAINED_BY_SHARE * self.steps)), self.steps - 1) > 0:
+            self._refuse_untrained("step")
         self._go_on()
 
     def skip(self) -> None:
@@ -276,11 +281,11 @@ class Search:
                 "needs_accuracy is True"
             )
 
-    def _refuse_untrained(self) -> None:
+    def _refuse_untrained(self, what: str) -> None:
         """Raise UpopError where masks that the optimizer was to train are all still what they began as."""
         if not bool(torch.stack([(mask != 1).any().to(self._scores.device) for mask in self.trained_masks()]).any()):
             raise UpopError(
-                f"Search.step(): after {self.steps_done} steps no mask has moved, and method {self._name} ranks by "
+                f"Search.{what}(): after {self.steps_done} steps no mask has moved, and method {self._name} ranks by "
                 "trained masks; give search.trained_masks() to the optimizer, without weight decay"
             )
 
@@ -303,7 +308,7 @@ class Search:
             raise UpopError(f"Search.observe(): no accuracy is due after {self.steps_done} steps")
         if not 0 <= accuracy <= 1:
             raise UpopError(f"Search.observe(): expected an accuracy from 0 to 1, got {accuracy}")
-        self.growth.observe(accuracy, self.steps_done)
+        self.growth.observe(float(accuracy), self.steps_done)
         if self.steps_done >= self.steps and self.needs_accuracy:
             self._decide(1.0, self.steps_done)
 
@@ -311,11 +316,13 @@ class Search:
         """End the search now, with the scores gathered so far: at the full target, open-ended or with an accuracy to
         keep at the last ratio that was accepted.
 
-        Raises UpopError before any step.
+        Raises UpopError before any step, or where the masks to be trained have not moved.
         """
         if self.steps_done == 0:
             raise UpopError("Search.finish(): no step has been taken, so nothing is known about any unit")
         if not self.done:
+            if self.trains_masks:
+                self._refuse_untrained("finish")
             if self.growth is not None:
                 self.growth.give_up()
             self._decide(1.0, self.steps_done)
@@ -328,7 +335,8 @@ class Search:
     def slim(self) -> nn.Module:
         """A new, smaller model; after a progressive search with the outputs of the masked one. Ours stays as it is.
 
-        Raises UpopError before the last step: masks in between 0 and 1 cannot be cut without changing outputs.
+        Raises UpopError before the last step: masks in between 0 and 1 cannot be cut without changing outputs; and
+        where another search masks other kinds of units of the model, whose masks would stay on.
         """
         if self.steps_done >= self.steps and self.needs_accuracy:
             raise UpopError("Search.slim(): an accuracy is due before the search is done; call observe(accuracy)")
@@ -337,6 +345,7 @@ class Search:
                 f"Search.slim(): {self.steps_done} of {self.steps} steps are done and masks are not yet 0 or 1; "
                 "run the remaining steps, or call finish() to end at the target now"
             )
+        self.masks.refuse_others(self.model)
         return slim(self.model, self.keep())
 
     def detach(self) -> None:

@@ -4,6 +4,7 @@ Must not know searches, masks or scores.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -218,6 +219,8 @@ def check_goal(
         raise TargetError("search: an open-ended search needs one of threshold, max_drop, tolerance")
     if target is not None and threshold is not None:
         raise TargetError(f"search: a threshold decides the ratio itself; leave out the target {target}")
+    if threshold is not None and math.isnan(threshold):
+        raise TargetError(f"threshold: expected a number, got {threshold}")
     for name, value in (("max_drop", max_drop), ("tolerance", tolerance)):
         if value is None:
             continue

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import re
 
@@ -308,6 +309,33 @@ def test_sparsity_weights_change_no_keep(make_model, images, options):
     ]
     assert equal(keeps[0], keeps[1])
     assert equal(keeps[0], keeps[2])
+
+
+@pytest.mark.parametrize("options", [{"method": "taylor"}, {"method": "taylor", "shrink": "progressive"}])
+def test_a_method_that_ranks_by_effects_on_the_loss_does_not_feel_the_sparsity_loss(make_model, images, options):
+    found = [
+        Loop(make_model(), images, sparsity=sparsity, **options).run()
+        for sparsity in (NO_PENALTY, {"attn": 0.5, "mlp": 0.1})
+    ]
+    assert equal(found[0].state_dict()["scores"], found[1].state_dict()["scores"])
+    assert equal(found[0].keep(), found[1].keep())
+
+
+@pytest.mark.parametrize("target", [None, HALF])
+def test_sparsity_weights_change_no_keep_of_an_open_ended_search(make_model, images, target):
+    """Its losers are at 0 from one check to the next, where the slope of |mask| is anybody's."""
+    found = []
+    for sparsity in (NO_PENALTY, {"attn": 0.5, "mlp": 0.1}):
+        loop = Loop(make_model(), images, target=target, sparsity=sparsity, max_drop=0.5, checks=3)
+        while not loop.search.done:
+            if loop.search.needs_accuracy:
+                loop.search.observe(0.9)
+            if loop.search.steps_done < loop.search.steps:
+                loop.run(loop.search.steps_done, loop.search.steps_done + 1)
+        found.append(loop.search)
+    assert found[0].ratio > 0.3
+    assert equal(found[0].keep(), found[1].keep())
+    assert equal(values(found[0]), values(found[1]))
 
 
 @pytest.mark.parametrize("method", ["upop", "unified"])
@@ -683,6 +711,55 @@ def test_masks_that_no_optimizer_trains_are_found_out_before_the_search_is_over(
     long = Loop(make_model(), images, steps=100, method=method)
     with pytest.raises(UpopError, match="after 20 steps no mask has moved"):
         long.run()
+
+
+@pytest.mark.parametrize("method", ["mask", "unified"])
+def test_masks_that_nobody_trains_are_found_out_by_an_early_end_too(make_model, images, method):
+    loop = Loop(make_model(), images, method=method)
+    loop.run(0, 3)
+    with pytest.raises(UpopError, match="after 3 steps no mask has moved"):
+        loop.search.finish()
+
+
+def test_masks_that_move_slowly_in_a_long_warm_up_are_trained(make_model):
+    search = Search(make_model(), target=HALF, steps=100_000, method="unified")
+    for step in range(25):
+        feed(search, {s.name: torch.ones(s.units) for s in search.structures})
+        for mask in search.trained_masks():
+            mask.data -= 1e-9 * step  # which float32 rounds away beside 1
+    assert search.steps_done == 25
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(make_model, images):
+    options = {"sparsity": {"attn": np.float32(0.5), "mlp": np.float64(0.1)}, "seed": np.int64(3)}
+    loop = Loop(make_model(), images, target=Target(params=np.float32(0.3)), max_drop=np.float64(0.5), **options)
+    loop.search.observe(np.float64(0.9))
+    loop.run(0, 1)
+    closed = Search(make_model(), target=None, steps=3, threshold=np.float32(0.5), **options)
+    for search in (loop.search, closed):
+        state, file = search.state_dict(), io.BytesIO()
+        tensors = ("scores", "keep", "masks")
+        json.dumps({key: value for key, value in state.items() if key not in tensors})
+        torch.save(state, file)
+        file.seek(0)
+        search.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_a_threshold_that_is_no_number_is_refused(make_model):
+    with pytest.raises(TargetError, match="threshold: expected a number, got nan"):
+        Search(make_model(), target=None, steps=3, threshold=math.nan)
+
+
+def test_a_model_that_another_search_masks_too_is_not_slimmed_by_halves(make_model):
+    model = make_model()
+    attn, mlp = (Search(model, target=HALF, steps=1, structures=kind) for kind in ("attn", "mlp"))
+    for search in (attn, mlp):
+        feed(search, random_gradients(search.structures, 1)[0])
+    with pytest.raises(ModelError, match=r"layers\.0.*: masked by another search; .*upop\.slim\(model, \{\*\*"):
+        attn.slim()
+    both = upop.slim(model, {**attn.keep(), **mlp.keep()})
+    mlp.detach()
+    assert parameters(both) < parameters(attn.slim())
 
 
 def test_a_search_that_is_finished_early_goes_back_to_what_was_accepted(make_model, images):
