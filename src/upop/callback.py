@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from upop.drive import Drive, check_options
+from upop.drive import Drive, check_options, rate_of
 from upop.errors import ModelError, UpopError, said
 from upop.reading import check_file, read_json
 from upop.search import Search
@@ -118,10 +118,8 @@ class SearchCallback(TrainerCallback):  # type: ignore[misc]
                 f"SearchCallback: expected {self._metric!r} among the metrics of the evaluation, got "
                 f"{', '.join(self._seen) or 'none'}; give the Trainer compute_metrics, or SearchCallback its metric="
             )
-        group = optimizer.param_groups[0]
-        peak = group.get("initial_lr", group["lr"])
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        drive.step(rate=float(group["lr"] / peak) if peak else 1.0, scale=self._scale, skipped=skipped)
+        drive.step(rate=rate_of(optimizer), scale=self._scale, skipped=skipped)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,6 +18,14 @@ from upop.search import Search
 log = logging.getLogger(__name__)
 
 
+def rate_of(optimizer: Any) -> float:
+    """The learning rate now as a fraction of its peak, of what a scheduler of torch has noted in the first group."""
+    group = optimizer.param_groups[0]
+    # `initial_lr` is where a schedule begins: the peak of most, and far below that of OneCycleLR and CyclicLR.
+    peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+    return min(1.0, float(group["lr"] / peak)) if peak else 1.0
+
+
 class Drive:
     """One call of `step` per optimizer step takes a search forward; the loss of the loop stays as it is.
 
@@ -42,7 +50,7 @@ class Drive:
         """Take in the gradients of one optimizer step, then re-decide what is due.
 
         Args:
-            rate: the loop's learning rate as a fraction of its peak.
+            rate: the loop's learning rate as a fraction of its peak; see `rate_of`.
             scale: by which the loop has multiplied its loss (a GradScaler's).
             skipped: the gradients overflowed and the loop took no step: it counts, and adds nothing to the scores.
                 None where the loop does not tell: those of the masks then do.
@@ -67,6 +75,11 @@ class Drive:
                 group["lr"] = lr
             self._optimizer.step()
             self._optimizer.zero_grad()
+
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether no backward has reached the masks since the last step."""
+        return all(mask.grad is None for mask in self.search.masks.values.values())
 
     def check(self, taken: int) -> None:
         """After `taken` optimizer steps of the loop: raise UpopError where the search did not see them all."""

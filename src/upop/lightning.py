@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from upop.drive import Drive, check_options
+from upop.drive import Drive, check_options, rate_of
 from upop.errors import ModelError, UpopError
 from upop.families import FAMILIES
 from upop.search import Search
@@ -76,6 +76,8 @@ class SearchCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the search; take up that of the checkpoint, where one is resumed."""
         _refuse(trainer)
+        if not trainer.global_step:  # left by a fit that ended before it began
+            self._pending = None
         if self._drive is not None:
             self._drive.search.detach()
         if trainer.global_step and self._pending is None:
@@ -96,13 +98,14 @@ class SearchCallback(Callback):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Take the search one step further: gradients of all micro-batches are there, and none is clipped yet."""
-        group = optimizer.param_groups[0]
-        peak = group.get("initial_lr", group["lr"])
         drive = self._driven()
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]) and drive.saw_nothing:
+            drive.search.skip()  # training_step() returned None, as Lightning lets it: there was no backward
+            return
         # The plugin has taken the scale out of the optimizer's gradients; it does not know those of masks.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         drive.step(
-            rate=float(group["lr"] / peak) if peak else 1.0,
+            rate=rate_of(optimizer),
             scale=1.0 if scaler is None else float(scaler.get_scale()),
             skipped=False if scaler is None else None,
         )

@@ -50,8 +50,8 @@ class Penalty:
         if self._trained:
             terms = [self._weight(s).item() * self._masks.values[s.name].abs().sum() for s in self._structures]
         else:
-            # These masks are never negative. At 0, where losers of an open-ended search are, |mask| has no one slope: by
-            # another than that of survivors, the penalty would tell the two apart.
+            # These masks are never negative. At 0, where losers of an open-ended search are, |mask| has no one slope:
+            # by another than that of survivors, the penalty would tell the two apart.
             terms = [(self._weights[device] * twin).sum() for device, twin in self._twins.items()]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 

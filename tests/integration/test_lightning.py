@@ -225,6 +225,68 @@ def test_a_resumed_fit_ends_as_an_uninterrupted_one(method, model, fit, tmp_path
     assert all(torch.equal(weights[name], value) for name, value in whole.search.model.state_dict().items())
 
 
+def test_a_step_without_a_loss_counts_and_adds_nothing(model, fit):
+    class Skips(Module):
+        def training_step(self, batch, index):
+            return None if index == 2 else super().training_step(batch, index)
+
+    callback = SearchCallback(target=HALF)
+    trainer = fit(model, callback, module=Skips)
+    assert (trainer.global_step, callback.search.steps_done) == (STEPS, STEPS)
+    assert sum(p.numel() for p in callback.slim().parameters()) < 0.52 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_is_not_the_one_in_use_is_found_out_all_the_same(model, fit):
+    class Other(Module):
+        def __init__(self, model):
+            super().__init__(model)
+            self.used = torch.nn.Linear(3 * 16 * 16, 5)
+
+        def training_step(self, batch, index):
+            return torch.nn.functional.cross_entropy(self.used(batch["pixel_values"].flatten(1)), batch["labels"])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    with pytest.raises(upop.UpopError, match="no gradient has reached the masks"):
+        fit(model, SearchCallback(target=HALF, attribute="model"), module=Other)
+
+
+def test_a_search_that_was_never_taken_up_does_not_enter_the_next_training(model, fit):
+    callback = SearchCallback(target=HALF)
+    fit(copy.deepcopy(model), callback)
+    callback.load_state_dict(callback.state_dict())  # as of a fit(ckpt_path=...) that then failed
+    fit(model, callback, max_steps=4)
+    assert callback.search.steps == callback.search.steps_done == 4
+
+
+def one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=STEPS + 1)
+
+
+def cyclic(optimizer):
+    return torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=LR / 10, max_lr=LR, step_size_up=2)
+
+
+@pytest.mark.parametrize("schedule", [one_cycle, cyclic])
+def test_masks_are_trained_at_no_more_than_their_peak_rate(model, fit, schedule):
+    class Scheduled(Module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": schedule(optimizer), "interval": "step"}]
+
+    rates = []
+
+    class Watching(SearchCallback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+            rates.append(self._driven()._optimizer.param_groups[0]["lr"])
+
+    fit(model, Watching(target=HALF, method="unified", lr_mask=0.01), module=Scheduled)
+    assert max(rates) == pytest.approx(0.01, rel=0.03)
+    assert min(rates) < 0.01 or schedule is cyclic
+
+
 def test_what_cannot_work_is_refused_before_training(model, fit):
     with pytest.raises(upop.UpopError, match="cannot be had under Lightning"):
         SearchCallback(target=None, max_drop=0.1)
