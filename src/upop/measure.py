@@ -173,20 +173,18 @@ def chance_warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor)
     chance = float(labels.bincount().max() / len(labels))
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / len(labels))
     low = {stage: found["validation"] for stage, found in accuracy.items() if found["validation"] < limit}
-    # What comes after a dense model that knows nothing cannot be judged.
-    said = {"dense": low["dense"]} if "dense" in low else low
     lines = []
-    for stage, value in said.items():
-        at_chance = f"{stage}: validation accuracy {value:.3f} is at chance ({chance:.3f}); "
+    for stage, value in low.items():
+        found_to_be = f"{stage}: validation accuracy {value:.3f} "
+        if value > chance + 0.2 * (1 - chance):
+            images = f"{len(labels)} images"
+            lines.append(f"{found_to_be}cannot be told from guessing ({chance:.3f}) with {images}; hold out more")
+            continue
+        found_to_be += f"is at chance ({chance:.3f}); "
         if stage == "dense":
-            lines.append(at_chance + "the dense model is not trained, or not for these classes in this order")
-        elif value > 1.2 * chance:
-            lines.append(
-                f"{stage}: validation accuracy {value:.3f} cannot be told from guessing ({chance:.3f}) with "
-                f"{len(labels)} images; hold out more"
-            )
-        else:
-            lines.append(at_chance + "the model has collapsed: remove less, or retrain for longer")
+            # What comes after a dense model that knows nothing cannot be judged.
+            return [found_to_be + "the dense model is not trained, or not for these classes in this order"]
+        lines.append(found_to_be + "the model has collapsed: remove less, or retrain for longer")
     return lines
 
 
