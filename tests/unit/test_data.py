@@ -639,6 +639,27 @@ def test_a_broken_file_is_named_or_skipped_on_request(tmp_path: Path, limit: int
         [images_of(split) for split in parts(load_data(str(root), memory_limit=limit)).values()]
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_broken_file_that_is_held_out_is_found_before_training_where_images_are_streamed(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder(tmp_path / "d", {split: {"a": 5, "b": 5} for split in ("train", "val", "test")})
+    broken = root / part / "b" / "001.png"
+    broken.rename(tmp_path / "sound")
+    broken.write_bytes(b"broken")
+    with pytest.raises(DataError, match=rf"d/{part}/b/001\.png: expected an image, got 6 bytes"):
+        load_data(str(root), memory_limit=1)
+    (tmp_path / "sound").rename(broken)
+    (root / "train" / "a" / "002.png").write_bytes(b"broken")
+    calls = decodes(monkeypatch)
+    assert len(load_data(str(root), memory_limit=1).train) == 10  # the first epoch will meet it
+    assert len(calls) == 20
+    assert len(load_data(str(root), memory_limit=1, skip_bad=True).train) == 9
+    assert len(calls) == 30
+    load_data(str(root), memory_limit=1)
+    assert len(calls) == 30
+
+
 def test_a_subset_out_of_the_cache_skips_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path / "d", {"": {"a": 30, "b": 30}})
     for number in (3, 12, 25):

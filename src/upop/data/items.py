@@ -193,10 +193,15 @@ def decode_all(items: Items, size: Square | None, *, skip_bad: bool) -> tuple[Pi
     return pixels, np.array(bad, dtype=np.int64)
 
 
-def find_bad(items: Items) -> Ints:
-    """Positions of broken images; reads and decodes everything, keeps nothing."""
+def find_bad(items: Items, *, skip_bad: bool) -> Ints:
+    """Positions of broken images; reads and decodes everything, keeps nothing. Without `skip_bad` as `decode_all`."""
+    bad: list[int] = []
     # To a pixel: those that wait for their turn take no memory.
-    bad = [index for index, image in _decoded(items, Square(1, 1)) if isinstance(image, DataError)]
+    for index, image in _decoded(items, Square(1, 1)):
+        if isinstance(image, DataError):
+            if not skip_bad:
+                raise image
+            bad.append(index)
     return np.array(bad, dtype=np.int64)
 
 

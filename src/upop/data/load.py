@@ -153,7 +153,7 @@ def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[
         return _in_memory(items, labels, parts), [], True
     needed = np.unique(np.concatenate(list(parts.values())))
     decoded = _decoded(items, needed, listing.key, limits)
-    bad = needed[decoded[1]] if decoded is not None else _known_bad(items, needed, listing.key, limits)
+    bad = needed[decoded[1]] if decoded else _broken(items, parts, listing.key, skip_bad=limits.skip_bad)
     if len(bad):
         parts = {part: np.setdiff1d(index, bad) for part, index in parts.items()}
         check_classes(labels, parts, listing.classes, f"{listing.name} without its broken files")
@@ -227,17 +227,22 @@ def _at_size(
     return pixels, bad
 
 
-def _known_bad(items: Items, needed: Ints, key: str | None, limits: _Limits) -> Ints:
-    """Which of the needed images are broken, where these may be skipped; all are decoded once to find out."""
-    if not limits.skip_bad:
-        return np.empty(0, dtype=np.int64)
-    name = f"{key}-streamed-bad" if key else None
-    bad = cache.read(name, np.int64, (None,))
-    if bad is None:
-        bad = needed[find_bad(Chosen(items, needed))]
-        if len(needed) == len(items):
-            cache.write(name, bad)
-    return np.intersect1d(bad, needed)
+def _broken(items: Items, parts: dict[str, Ints], key: str | None, *, skip_bad: bool) -> Ints:
+    """Positions of the broken images of a stream, where these may be skipped: each image is decoded once to find out.
+
+    Else DataError for the first that is held out: training meets its own in its first epoch, the test its own last.
+    """
+    wanted = np.unique(np.concatenate([index for part, index in parts.items() if skip_bad or part != "train"]))
+    name = f"{key}-good" if key else None
+    good = cache.read(name, np.bool_, (len(items),))
+    good = np.zeros(len(items), dtype=np.bool_) if good is None else good.copy()
+    # The broken ones are looked at every time: they may have been mended.
+    unknown = wanted[~good[wanted]]
+    bad: Ints = unknown[find_bad(Chosen(items, unknown), skip_bad=skip_bad)]
+    if len(unknown) > len(bad):
+        good[np.setdiff1d(unknown, bad)] = True
+        cache.write(name, good)
+    return bad
 
 
 def _fingerprint(splits: dict[str, Split]) -> str:
