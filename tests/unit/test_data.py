@@ -172,6 +172,13 @@ def test_parquet_cells_may_be_plain_bytes_or_paths(tmp_path: Path) -> None:
         assert everything == expected(images, [0, 1] * 10)
 
 
+def test_parquet_files_may_carry_a_hash_in_their_names(tmp_path: Path) -> None:
+    hashed_shards(tmp_path / "d", *(f"train-{number:05}-of-00002-9d40b6ad3a4b6ab{number}" for number in range(2)))
+    data = load_data(str(tmp_path / "d"))
+    assert data.test is not None
+    assert (len(data.train) + len(data.validation), len(data.test)) == (20, 10)
+
+
 def test_parquet_split_with_secret_labels_is_left_alone(tmp_path: Path) -> None:
     folder = parquet_folder(tmp_path / "d")
     parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [-1] * 20)
@@ -800,6 +807,27 @@ def shard_missing(root: Path) -> None:
     (root / "plain_text" / "train-00001-of-00002.parquet").unlink()
 
 
+def hashed_shards(root: Path, *shards: str) -> None:
+    for name in ("test-00000-of-00001-1b2c3d4e5f607182", *shards):
+        parquet(root / "data" / f"{name}.parquet", [0, 1] * 5)
+
+
+def hashed_shard_missing(root: Path) -> None:
+    hashed_shards(root, "train-00000-of-00002-9d40b6ad3a4b6ab6")
+
+
+def uploaded_twice(root: Path) -> None:
+    hashed_shards(root, *(f"train-{number:05}-of-00002-{name}" for number in range(2) for name in ("9d40", "b6ad")))
+
+
+def uploaded_twice_in_parts(root: Path) -> None:
+    hashed_shards(root, "train-00000-of-00002-9d40", "train-00000-of-00002-b6ad")
+
+
+def uploaded_beside(root: Path) -> None:
+    hashed_shards(root, "train-00000-of-00001-9d40", "train-0")
+
+
 def shard_broken(root: Path) -> None:
     parquet_folder(root)
     (root / "plain_text" / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
@@ -873,6 +901,10 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
         "test-0.parquet: expected columns 'img' and 'label' as in train-0.parquet, got img, labels; give",
     ),
     (shard_missing, "d: expected all 2 parquet files of train, got 1; complete the download"),
+    (hashed_shard_missing, "d: expected all 2 parquet files of train, got 1; complete the download"),
+    (uploaded_twice, "d: expected 2 parquet files of train, got 4 of several uploads; remove the others"),
+    (uploaded_twice_in_parts, "d: expected all 2 parquet files of train, got 1; complete the download"),
+    (uploaded_beside, "d: expected 1 parquet files of train, got 2 of several uploads; remove"),
     (shard_broken, "train-00001-of-00002.parquet: expected a parquet file, got .*; download it again"),
     (two_sets, "d: several data sets in it: other, plain_text; name the folder of one"),
     (unnamed_parquet, r"d: expected parquet files named train-\*\.parquet, got stuff\.parquet; rename"),

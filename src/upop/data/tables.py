@@ -21,7 +21,7 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MOST_ROWS = 2**27  # of a file
 MOST_GROUP = 2 * 2**30  # bytes of a row group, which is read as a whole
-SHARD = re.compile(r"(train|validation|valid|val|test)(?:-(\d+)-of-(\d+)|-.*)?\.parquet")
+SHARD = re.compile(r"(train|validation|valid|val|test)(?:-(\d+)-of-(\d+)(?:-.*)?|-.*)?\.parquet")
 
 
 def parquet_names(folder: Path) -> list[str]:
@@ -93,10 +93,16 @@ def _shards(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
         raise DataError(f"{folder}: several data sets in it: {', '.join(folders[:5])}; name the folder of one")
     for split, part in shards.items():
         totals = {int(matches[name][3]) for name in part if matches[name][3]}
+        numbers = {int(matches[name][2]) for name in part if matches[name][3]}
+        if totals and len(numbers) < max(totals):
+            raise DataError(
+                f"{folder}: expected all {max(totals)} parquet files of {split}, got {len(numbers)}; "
+                "complete the download"
+            )
         if totals and totals != {len(part)}:
             raise DataError(
-                f"{folder}: expected all {max(totals)} parquet files of {split}, got {len(part)}; "
-                "complete the download"
+                f"{folder}: expected {max(totals)} parquet files of {split}, got {len(part)} of several uploads; "
+                "remove the others"
             )
     return shards
 
