@@ -179,6 +179,14 @@ def test_parquet_files_may_carry_a_hash_in_their_names(tmp_path: Path) -> None:
     assert (len(data.train) + len(data.validation), len(data.test)) == (20, 10)
 
 
+@pytest.mark.parametrize("names", [("Train", "dev", "testing"), ("training", "evaluation", "test_set")])
+def test_parquet_splits_are_known_however_people_call_them(tmp_path: Path, names: Sequence[str]) -> None:
+    for name, count in zip(names, (10, 2, 4), strict=True):
+        parquet(tmp_path / "d" / f"{name}-00000-of-00001.parquet", [0, 1] * count)
+    data = load_data(str(tmp_path / "d"))
+    assert {part: len(split) for part, split in parts(data).items()} == {"train": 20, "validation": 4, "test": 8}
+
+
 def test_parquet_split_with_secret_labels_is_left_alone(tmp_path: Path) -> None:
     folder = parquet_folder(tmp_path / "d")
     parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [-1] * 20)
@@ -745,6 +753,33 @@ def test_hub_dataset_without_train_is_explained(monkeypatch: pytest.MonkeyPatch)
         load_data("a/b")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train", "holdout"), "a/b: expected splits called train, validation and test, got holdout; download it"),
+        (("train", "valid", "validation"), "a/b: expected one validation split, got valid and validation"),
+        (("train", "eval", "testing"), None),
+        (("train", "test", "noisy"), None),
+    ],
+)
+def test_splits_of_a_hub_dataset_are_known_by_several_names_and_never_lost(
+    monkeypatch: pytest.MonkeyPatch, names: Sequence[str], message: str | None
+) -> None:
+    import datasets
+
+    cells = [{"bytes": encoded(image), "path": None} for image in pixels(20)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    table = datasets.Dataset.from_dict({"img": cells, "label": [0, 1] * 10}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(dict.fromkeys(names, table)))
+    if message:
+        with pytest.raises(DataError, match=message):
+            load_data("a/b")
+    else:
+        data = load_data("a/b")
+        assert len(parts(data)["test"]) == 20
+        assert len(data.validation) == (20 if "eval" in names else 2)
+
+
 def test_no_network_is_said_in_one_line() -> None:
     with pytest.raises(
         DataError,
@@ -842,6 +877,16 @@ def unnamed_parquet(root: Path) -> None:
     parquet(root / "stuff.parquet", [0, 1])
 
 
+def other_parquet_beside(root: Path) -> None:
+    parquet(root / "train-0.parquet", [0, 1] * 10)
+    parquet(root / "holdout.parquet", [0, 1] * 10)
+
+
+def two_validation_files(root: Path) -> None:
+    for name in ("train-0", "valid-0", "validation-0"):
+        parquet(root / f"{name}.parquet", [0, 1] * 10)
+
+
 def label_too_large(root: Path) -> None:
     parquet(root / "train-0.parquet", [0, 1, 2] * 5)
 
@@ -891,7 +936,7 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (empty_class, "d/c: expected images of class 'c', got none; add images or remove the folder"),
     (other_classes, "test: expected the same classes as in .*train, got 'b' in train but not in test; give both"),
     (no_train, "d: expected a folder train beside test, val, got none; add or rename it"),
-    (two_validations, "d: expected one validation folder, got val and valid; remove one"),
+    (two_validations, "d: expected one validation split, got val and valid; remove one"),
     (one_each, "d: expected 3 images .*, to cut validation and test from, got 2 of 'b'; add"),
     (no_label_column, "expected a column 'label' or 'labels' or 'fine_label', got img, y; rename"),
     (no_image_column, "expected a column 'img' or 'image', got x, label; rename"),
@@ -908,6 +953,11 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (shard_broken, "train-00001-of-00002.parquet: expected a parquet file, got .*; download it again"),
     (two_sets, "d: several data sets in it: other, plain_text; name the folder of one"),
     (unnamed_parquet, r"d: expected parquet files named train-\*\.parquet, got stuff\.parquet; rename"),
+    (
+        other_parquet_beside,
+        r"d: expected parquet files named .*, got holdout\.parquet besides; rename it or take it out",
+    ),
+    (two_validation_files, "d: expected one validation split, got valid and validation; remove one"),
     (label_too_large, r"d: expected labels from 0 to 1 \(2 classes\), got 2; correct"),
     (label_missing, "d: expected a label for every image, got 5 empty in train"),
     (label_fraction, "d: expected labels as integers or strings, got double; convert"),
@@ -1144,7 +1194,16 @@ def test_batches_never_make_the_host_wait_for_the_gpu_and_equal_those_of_the_cpu
 
 
 @pytest.mark.parametrize(
-    "names", [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "test"), ("train", "testing")], ids="-".join
+    "names",
+    [
+        ("Training", "Testing"),
+        ("Train", "Test"),
+        ("TRAIN", "test"),
+        ("train", "testing"),
+        ("training_set", "test_set"),
+        ("seg_train", "seg_test"),
+    ],
+    ids="-".join,
 )
 def test_splits_are_known_however_people_call_them(tmp_path: Path, names: tuple[str, str]) -> None:
     image_folder(tmp_path / "d", {names[0]: {"a": 10, "b": 10}, names[1]: {"a": 3, "b": 3}})

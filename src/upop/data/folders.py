@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from upop.data.items import FileItems, Pixels
-from upop.data.listing import SPLITS, Listing, key_of
+from upop.data.listing import Listing, by_split, key_of, split_of
 from upop.errors import DataError, one_line
 
 SUFFIXES = frozenset(
@@ -36,8 +36,6 @@ SUFFIXES = frozenset(
         ".tga",
     ]
 )
-# What people call these folders; files and tables keep to the Hub's names.
-NAMES = SPLITS | {"training": "train", "dev": "validation", "eval": "validation", "testing": "test"}
 IGNORED = frozenset({"thumbs.db", "desktop.ini"})  # put there by Windows; hidden files are ignored as well
 CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_FILES = (*CIFAR_TRAIN, "test_batch", "batches.meta")
@@ -96,15 +94,11 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     A class may have a split's name: beside class folders of other names its folder, too, holds images itself.
     """
     inside = [file for file in _visible(folder) if file.is_dir()]
-    found = [file for file in inside if file.name.casefold() in NAMES]
+    found = [file for file in inside if split_of(file.name)]
     others = [file for file in inside if file not in found and _holds_images(file)]
     if not found or (others and all(map(_is_class, found))):
         return {"train": folder}
-    splits: dict[str, Path] = {}
-    for file in found:
-        split = NAMES[file.name.casefold()]
-        if (other := splits.setdefault(split, file)) != file:
-            raise DataError(f"{folder}: expected one {split} folder, got {other.name} and {file.name}; remove one")
+    splits = {split: folder / name for split, name in by_split((file.name for file in found), str(folder)).items()}
     if "train" not in splits:
         names = ", ".join(file.name for file in found)
         raise DataError(f"{folder}: expected a folder train beside {names}, got none; add or rename it")

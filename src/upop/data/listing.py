@@ -8,14 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upop.data.items import Ints, Items, Pixels, size_and_time
+from upop.errors import DataError
 
-# How folders and files call the splits, and what we call them.
+# How people call the splits, and what we call them.
 SPLITS = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
+    "testing": "test",
 }
 
 
@@ -31,6 +37,21 @@ class Listing:
     key: str | None = None  # what the decoded images are cached under; None: they are not
     skipped: tuple[str, ...] = ()
     share: float = 0.1  # of train that a missing part is given
+
+
+def split_of(name: str) -> str | None:
+    """The split that this is a name of, if any: in any case, as `test_set` and `seg_test` too."""
+    return SPLITS.get(name.casefold().removeprefix("seg_").removesuffix("_set"))
+
+
+def by_split(names: Iterable[str], where: str) -> dict[str, str]:
+    """Split -> the one of these names that means it; others are left out. Raises DataError for two of one meaning."""
+    found: dict[str, str] = {}
+    for name in names:
+        split = split_of(name)
+        if split is not None and (other := found.setdefault(split, name)) != name:
+            raise DataError(f"{where}: expected one {split} split, got {other} and {name}; remove one")
+    return found
 
 
 def key_of(root: Path, names: Iterable[str]) -> str:

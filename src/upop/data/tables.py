@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from upop.data.items import Ints
-from upop.data.listing import SPLITS, Listing, key_of
+from upop.data.listing import Listing, by_split, key_of, split_of
 from upop.data.rows import HubItems, ParquetItems, reading_parquet
 from upop.errors import DataError
 from upop.hub import reason
@@ -21,7 +21,7 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MOST_ROWS = 2**27  # of a file
 MOST_GROUP = 2 * 2**30  # bytes of a row group, which is read as a whole
-SHARD = re.compile(r"(train|validation|valid|val|test)(?:-(\d+)-of-(\d+)(?:-.*)?|-.*)?\.parquet")
+SHARD = re.compile(r"([^-]+?)(?:-(\d+)-of-(\d+)(?:-.*)?|-.*)?\.parquet")
 
 
 def parquet_names(folder: Path) -> list[str]:
@@ -62,9 +62,15 @@ def hub_dataset(name: str) -> Listing:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # network, access, unknown name, broken files: each has an exception of its own
         raise DataError(f"could not load {name} from the Hub: {reason(error)}") from error
-    tables = {SPLITS[split]: loaded[split] for split in loaded if split in SPLITS}
+    tables = {split: loaded[called] for split, called in by_split(loaded, name).items()}
     if "train" not in tables:
         raise DataError(f"{name}: expected a split 'train', got {', '.join(loaded)}; choose another data set")
+    # One of them may be the test; where that is known, others do no harm.
+    if "test" not in tables and (others := [called for called in loaded if split_of(called) is None]):
+        raise DataError(
+            f"{name}: expected splits called train, validation and test, got {', '.join(others)}; "
+            "download it and name its files so"
+        )
     features = _by_column(tables["train"].features.to_dict())
     image, label = _columns(tables["train"].column_names, features, name)
     if (kind := features[image].get("_type")) != "Image":
@@ -81,16 +87,23 @@ def hub_dataset(name: str) -> Listing:
 
 def _shards(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Files of each split, train first; incomplete or ambiguous sets are errors."""
-    matches = {name: match for name in names if (match := SHARD.fullmatch(name.rsplit("/")[-1]))}
-    shards: dict[str, list[str]] = {"train": []}
-    for name, match in matches.items():
-        shards.setdefault(SPLITS[match[1]], []).append(name)
-    if not shards["train"]:
+    matches = {
+        name: match for name in names if (match := SHARD.fullmatch(name.rsplit("/")[-1])) and split_of(match[1])
+    }
+    called = by_split((match[1] for match in matches.values()), str(folder))
+    if "train" not in called:
         raise DataError(
             f"{folder}: expected parquet files named train-*.parquet, got {', '.join(names[:3])}; rename them"
         )
     if len(folders := sorted({name.rpartition("/")[0] for name in matches})) > 1:
         raise DataError(f"{folder}: several data sets in it: {', '.join(folders[:5])}; name the folder of one")
+    if others := [name for name in names if name not in matches]:
+        raise DataError(
+            f"{folder}: expected parquet files named train, validation or test alone, got {others[0]} besides; "
+            "rename it or take it out"
+        )
+    order = ["train", *(split for split in called if split != "train")]
+    shards = {split: [name for name in names if matches[name][1] == called[split]] for split in order}
     for split, part in shards.items():
         totals = {int(matches[name][3]) for name in part if matches[name][3]}
         numbers = {int(matches[name][2]) for name in part if matches[name][3]}
