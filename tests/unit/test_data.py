@@ -580,6 +580,27 @@ def test_a_changed_file_is_decoded_again(tmp_path: Path) -> None:
     assert load_data(str(folder)).fingerprint != before.fingerprint
 
 
+@pytest.mark.parametrize("limit", [2**30, 1])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_changed_file_that_a_table_names_is_decoded_again(tmp_path: Path, limit: int, statistics: bool) -> None:
+    cells: list[dict[str, Any]] = [{"bytes": encoded(image), "path": "nowhere.png"} for image in pixels(20)]
+    cells[3] = {"bytes": None, "path": "files/3.png"}
+    save(tmp_path / "d" / "files" / "3.png", pixels(1, seed=1)[0])
+    table = tmp_path / "d" / "train.parquet"
+    parquet(table, [0, 1] * 10, cells=cells)
+    pq.write_table(pq.read_table(table), table, write_statistics=statistics)
+    options = {"memory_limit": limit, "image_size": 8}
+    one = load_data(str(tmp_path / "d"), **options)
+    assert load_data(str(tmp_path / "d"), **options).fingerprint == one.fingerprint
+    grey = np.full((1, 8, 8, 3), 90, np.uint8)
+    save(tmp_path / "d" / "files" / "3.png", grey[0])
+    os.utime(tmp_path / "d" / "files" / "3.png", (1, 1))
+    other = load_data(str(tmp_path / "d"), **options)
+    assert other.fingerprint != one.fingerprint
+    changed = sum((content(split) for split in parts(other).values()), Counter())
+    assert expected(grey, [1]) <= changed
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 

@@ -112,7 +112,7 @@ def size_and_time(file: str | Path) -> tuple[int, int]:
     """Bytes and modification time (ns) of a file, -1 for one that is not there: reading it will report that."""
     try:
         stat = os.stat(file)
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name that no file could have
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from upop.data import cache
-from upop.data.items import MOST_BYTES, Ints
+from upop.data.items import MOST_BYTES, Ints, size_and_time
 from upop.errors import DataError, UpopError, one_line
 from upop.reading import read_bytes
 
@@ -29,6 +29,7 @@ class ParquetItems:
         self.groups: list[tuple[str, int, int]] = []  # file, row group, rows of the file before it
         self.starts: list[int] = []  # rows of all files before the group
         self.count = 0
+        self.naming: list[str] = []  # files with cells that may name an image's file
         for name in names:
             metadata, before = ParquetFile(root / name).metadata, 0
             for group in range(metadata.num_row_groups):
@@ -36,9 +37,22 @@ class ParquetItems:
                 self.starts.append(self.count + before)
                 before += metadata.row_group(group).num_rows
             self.count += before
+            if _may_lack_bytes(metadata, column):
+                self.naming.append(name)
 
     def __len__(self) -> int:
         return self.count
+
+    def files(self) -> list[str]:
+        """Files below the root whose content this is: the tables, and what cells name where they hold no bytes."""
+        from pyarrow.parquet import ParquetFile
+
+        named: list[str] = []
+        for name in self.naming:
+            with reading_parquet(Path(self.root, name)):
+                cells = ParquetFile(Path(self.root, name)).read(columns=[f"{self.column}.path"]).column(0)
+                named += filter(None, map(_path, cells.to_pylist()))
+        return [*dict.fromkeys(name for name, _, _ in self.groups), *named]
 
     def name(self, index: int) -> str:
         group = bisect.bisect_right(self.starts, index) - 1
@@ -48,7 +62,7 @@ class ParquetItems:
     def sizes(self, index: Ints) -> Ints:
         with reading_parquet(Path(self.root)):
             groups = (_row_group(self.root, name, group, self.column) for name, group, _ in self.groups)
-            return np.concatenate([_lengths(column) for column in groups])[index]
+            return np.concatenate([_lengths(column, self.root) for column in groups])[index]
 
     def read(self, index: int) -> bytes:
         group = bisect.bisect_right(self.starts, index) - 1
@@ -71,7 +85,7 @@ class MappedItems:
         return self.items.name(index)
 
     def sizes(self, index: Ints) -> Ints:
-        return _lengths(_mapped(self.file))[index]
+        return _lengths(_mapped(self.file), self.root)[index]
 
     def read(self, index: int) -> bytes:
         return _encoded(_mapped(self.file)[index].as_py(), self.root)
@@ -93,7 +107,7 @@ class HubItems:
         return f"{self.splits[part]} row {index - self.starts[part]}"
 
     def sizes(self, index: Ints) -> Ints:
-        return np.concatenate([_lengths(table.data.column(self.column)) for table in self.tables])[index]
+        return np.concatenate([_lengths(table.data.column(self.column), "") for table in self.tables])[index]
 
     def read(self, index: int) -> bytes:
         part = bisect.bisect_right(self.starts, index) - 1
@@ -161,9 +175,15 @@ def _encoded(cell: Any, root: str) -> bytes:
         return cell
     if cell is not None and cell["bytes"] is not None:
         return bytes(cell["bytes"])
-    if cell is not None and cell.get("path"):
-        return read_bytes(_inside(root, cell["path"]), most=MOST_BYTES)
+    if path := _path(cell):
+        return read_bytes(_inside(root, path), most=MOST_BYTES)
     raise ValueError("an empty cell")
+
+
+def _path(cell: Any) -> str | None:
+    """The file that a cell names, if it does."""
+    path = cell.get("path") if isinstance(cell, dict) else None
+    return path if isinstance(path, str) else None
 
 
 def _inside(root: str, name: str) -> Path:
@@ -179,12 +199,27 @@ def _inside(root: str, name: str) -> Path:
     return path
 
 
-def _lengths(column: Any) -> Ints:
+def _may_lack_bytes(metadata: Any, column: str) -> bool:
+    """Whether there are cells that name a file in place of their bytes, as far as a parquet file's statistics tell."""
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    if not {f"{column}.bytes", f"{column}.path"} <= set(paths):
+        return False
+    place = paths.index(f"{column}.bytes")
+    known = [metadata.row_group(group).column(place).statistics for group in range(metadata.num_row_groups)]
+    return any(each is None or not each.has_null_count or each.null_count > 0 for each in known)
+
+
+def _lengths(column: Any, root: str) -> Ints:
+    """Encoded bytes of each cell: of the file that it names, where it holds none itself."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     encoded = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
-    return np.asarray(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
+    lengths = np.array(pc.fill_null(pc.binary_length(encoded), 0), dtype=np.int64)
+    for place in np.flatnonzero(pc.is_null(encoded)).tolist() if encoded.null_count else []:
+        if path := _path(column[place].as_py()):
+            lengths[place] = size_and_time(Path(root, path))[0]
+    return lengths
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def parquet_folder(folder: Path) -> Listing:
     names = [name for split in columns for name in shards[split]]
     items = ParquetItems(folder, names, image)
     classes, labels, parts = _labels(columns, _names(features[label]), str(folder))
-    return Listing(folder.resolve().name, classes, items, labels, parts, key=key_of(folder, names))
+    return Listing(folder.resolve().name, classes, items, labels, parts, key=key_of(folder, items.files()))
 
 
 def hub_dataset(name: str) -> Listing:
