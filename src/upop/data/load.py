@@ -217,9 +217,11 @@ def _at_size(
     pixels = cache.read(name, np.uint8, (len(items), 3, size, size))
     bad = cache.read(f"{name}-bad", np.int64, (None,)) if name else None
     if pixels is not None and bad is not None and (skip_bad or not len(bad)):
-        if len(needed) == len(items):
-            return pixels, bad
-        return pixels[needed], np.searchsorted(needed, np.intersect1d(needed, bad))
+        bad = np.intersect1d(needed, bad)
+        # What could not be read once may have been mended: then all are decoded again.
+        if len(find_bad(Chosen(items, bad), skip_bad=True)) == len(bad):
+            whole = len(needed) == len(items)
+            return pixels if whole else pixels[needed], np.searchsorted(needed, bad)
     pixels, bad = decode_all(Chosen(items, needed), square, skip_bad=skip_bad)
     if name and len(needed) == len(items):
         cache.write(f"{name}-bad", bad)
