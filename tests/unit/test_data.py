@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -373,6 +374,47 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path: Path) -> None:
     palette_rgb = np.asarray(palette.convert("RGB"))
     wanted = [colour, gray3, colour, gray3, palette_rgb, gray3, colour, colour, *[colour] * 4]
     assert found == expected(np.stack([*wanted, *[colour] * 12]), [0] * 12 + [1] * 12)
+
+
+# What is stored for each EXIF orientation from 1 on, of an image that is shown upright.
+LYING: list[Callable[[np.ndarray], np.ndarray]] = [
+    np.asarray,
+    np.fliplr,
+    lambda image: np.rot90(image, 2),
+    np.flipud,
+    lambda image: image.swapaxes(0, 1),
+    np.rot90,
+    lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    lambda image: np.rot90(image, 3),
+]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_images_that_lie_in_any_way_are_of_one_size_and_set_upright(tmp_path: Path, ending: str) -> None:
+    colour = pixels(1, 6, 4)[0]
+    for number, name in itertools.product(range(16), "ab"):
+        file = tmp_path / "d" / name / f"{number:02}.{ending}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[0x0112] = number % 8 + 1
+        Image.fromarray(np.ascontiguousarray(LYING[number % 8](colour))).save(file, exif=exif)
+    data = load_data(str(tmp_path / "d"))
+    found = sum((content(split) for split in parts(data).values()), Counter())
+    assert found == expected(np.stack([colour] * 32), [0] * 16 + [1] * 16)
+
+
+def odd_exif(orientation: int) -> bytes:
+    """EXIF whose XResolution is text, as some cameras write it."""
+    entries = struct.pack("<HHIHHHHI4s", 0x0112, 3, 1, orientation, 0, 0x011A, 2, 4, b"72\0\0")
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
+def test_a_photograph_with_odd_exif_is_turned_all_the_same(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "d", {"": {"a": 10, "b": 10}}, height=6, width=4)
+    Image.new("RGB", (6, 4), (250, 0, 0)).save(root / "a" / "odd.jpg", exif=odd_exif(6))
+    data = load_data(str(root))
+    assert sum(len(split) for split in parts(data).values()) == 21
+    assert data.train.images.shape[2:] == (6, 4)
 
 
 # Sizes, memory, streams

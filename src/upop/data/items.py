@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from upop.errors import DataError, UpopError, said
 from upop.reading import read_bytes
@@ -25,6 +25,16 @@ from upop.reading import read_bytes
 Ints: TypeAlias = npt.NDArray[np.int64]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 EXIF_ORIENTATION = 0x0112
+# What sets an image upright that lies so; from 5 on its sides change places.
+TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MOST_BYTES = 512 * 2**20  # of an encoded image
 MOST_PIXELS = 2**26  # of one: ImageNet's largest has 61 million
 LARGE = 2**23  # pixels; of images beyond, one is decoded at a time, so that memory is bounded by one
@@ -254,15 +264,24 @@ def _area(image: Image.Image) -> int:
 
 
 def _shown(image: Image.Image) -> tuple[int, int]:
-    """(h, w) as displayed."""
+    """(h, w) as displayed, of an image that is not decoded yet."""
     width, height = image.size
-    lies = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-    return (width, height) if lies else (height, width)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size Pillow has turned already
+        width, height = (image.tag_v2[tag] for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """A decoded image as RGB, turned as its EXIF says."""
-    return _rgb(ImageOps.exif_transpose(image))
+    image.load()  # Pillow turns a TIFF by itself here
+    # Not by ImageOps.exif_transpose, which writes the EXIF anew, and fails where a tag has a type of its own.
+    turn = TURNS.get(_orientation(image))
+    return _rgb(image) if turn is None else _rgb(image).transpose(turn)
+
+
+def _orientation(image: Image.Image) -> object:
+    """From 1 to 8 in a sound file."""
+    return image.getexif().get(EXIF_ORIENTATION, 1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
