@@ -431,16 +431,19 @@ def mixed_sizes(root: Path, odd: int = 3) -> Path:
     return root
 
 
-@pytest.mark.parametrize("odd", [3, 65])  # one that the look at the first, middle and last images meets, one not
-def test_images_of_differing_sizes_are_resized_and_cropped_to_one(tmp_path: Path, odd: int) -> None:
+# One that the look at the first, middle and last images meets; then the shorter side of 64 x 48 becomes 32 (28 * 256 /
+# 224), the longer 43. And one that it does not meet: then nothing is cut off the central square.
+@pytest.mark.parametrize(("odd", "size", "left", "top"), [(3, (32, 43), 2, 7), (65, (28, 37), 0, 4)])
+def test_images_of_differing_sizes_are_resized_and_cropped_to_one(
+    tmp_path: Path, odd: int, size: tuple[int, int], left: int, top: int
+) -> None:
     root = mixed_sizes(tmp_path / "d", odd)
     data = load_data(str(root), image_size=28)
     again = load_data(str(root), image_size=28)
     everything = torch.cat([images_of(split) for split in parts(data).values()])
     assert everything.shape == (200, 3, 28, 28)
-    # The shorter side of 64 x 48 becomes 32 (28 * 256 / 224), the longer 43; then the central 28 x 28.
-    image = Image.open(root / "a" / f"{odd:03}.png").resize((32, 43), Image.Resampling.BICUBIC)
-    wanted = torch.from_numpy(np.array(image.crop((2, 7, 30, 35)))).permute(2, 0, 1)
+    image = Image.open(root / "a" / f"{odd:03}.png").resize(size, Image.Resampling.BICUBIC)
+    wanted = torch.from_numpy(np.array(image.crop((left, top, left + 28, top + 28)))).permute(2, 0, 1)
     assert (everything == wanted).flatten(1).all(dim=1).sum() == 1
     assert again.fingerprint == data.fingerprint
 
@@ -497,6 +500,21 @@ def test_a_stream_is_not_needed_where_resized_images_fit(tmp_path: Path) -> None
     small = load_data(str(root), image_size=24, memory_limit=20 * 3 * 24**2)
     assert isinstance(small.train, MemorySplit)
     assert small.train.images.shape[2:] == (24, 24)
+
+
+@pytest.mark.parametrize("odd", [3, 65])
+def test_a_model_sees_as_much_of_a_picture_whatever_the_memory_and_the_subset(tmp_path: Path, odd: int) -> None:
+    image_folder(tmp_path / "d" / "train", {"": {"a": 100, "b": 100}}, height=40, width=40)
+    image_folder(tmp_path / "d" / "test", {"": {"a": 2, "b": 2}}, height=40, width=40)
+    save(tmp_path / "d" / "train" / "a" / f"{odd:03}.png", pixels(1, 64, 48)[0])
+    found = []
+    for options in ({}, {"memory_limit": 204 * 3 * 28**2}, {"memory_limit": 10**5}, {"subset": 4}):
+        data = load_data(str(tmp_path / "d"), image_size=28, **options)
+        x, _ = next(iter(batches(parts(data)["test"], size=28, workers=0)))
+        found.append((data.shorter_side, x))
+    assert {shorter for shorter, _ in found} == {32 if odd == 3 else 28}
+    for _, x in found[1:]:
+        assert (x - found[0][1]).abs().mean() < 0.02  # rounded to bytes before or not
 
 
 def test_fingerprint_follows_content(tmp_path: Path) -> None:

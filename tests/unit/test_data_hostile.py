@@ -108,7 +108,7 @@ def test_an_odd_image_among_many_of_one_size_is_not_decoded_before_all_are_resiz
     data = load_data(str(folder), image_size=16)
     assert data.train.images.shape[1:] == (3, 16, 16)
     assert ((64, 64), None) not in decoded
-    assert ((64, 64), items.usual_square(16)) in decoded
+    assert ((64, 64), items.Square(16, 16)) in decoded
 
 
 def test_large_images_of_one_size_are_brought_to_the_models_when_they_are_decoded(tmp_path):

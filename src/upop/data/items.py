@@ -52,7 +52,7 @@ class Square:
     shorter: int
 
 
-Size: TypeAlias = Square | tuple[int, int] | None  # resized and cut; kept, if they are (h, w); kept
+Size: TypeAlias = Square | tuple[int, int]  # resized and cut; kept, if they are (h, w)
 
 
 class Items(Protocol):
@@ -179,15 +179,14 @@ def common_size(items: Items) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def decode_all(items: Items, size: Square | None, *, skip_bad: bool) -> tuple[Pixels, Ints]:
+def decode_all(items: Items, size: Size, *, skip_bad: bool) -> tuple[Pixels, Ints]:
     """Pixels [n, 3, h, w] of all images and the positions of broken ones, whose pixels stay 0.
 
-    Without `skip_bad` the first broken image is an error. SizesDifferError if `size` is None and they do.
+    Without `skip_bad` the first broken image is an error. SizesDifferError where (h, w) is given and one differs.
     """
     pixels: Pixels | None = None
     bad: list[int] = []
-    # Known beforehand, so that an odd one among them is never decoded.
-    for index, image in _decoded(items, common_size(items) if size is None else size):
+    for index, image in _decoded(items, size):
         if isinstance(image, DataError):
             if not skip_bad:
                 raise image

@@ -5,7 +5,7 @@ Shapes: n images, h height, w width.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from upop.data.items import (
     Ints,
     Items,
     Pixels,
+    Size,
     SizesDifferError,
     Square,
     common_size,
@@ -45,6 +46,7 @@ class _Limits:
     memory: int  # bytes of decoded images
     square: Square  # of resized images
     skip_bad: bool
+    common: tuple[int, int] | None = None  # (h, w) that images are kept at
 
 
 def load_data(
@@ -67,14 +69,15 @@ def load_data(
     memory_limit: bytes that decoded images may take; beyond, they are decoded as they are used.
     image_size: pixels of a side of the central square that is cut out of images of differing sizes, and of streamed
         ones, once their shorter side has been brought to `shorter_side` pixels (default: 256/224 of that, as
-        published for DeiT). Images that all have one size are kept as they are, unless that is three times as large.
+        published for DeiT). Where the first, the middle and the last 64 images of the set have one size, no more than
+        three times that, nothing is cut off the central square, and images are kept as they are, if memory allows.
     subset: keep this many images of each split (all, where there are fewer).
     """
     listing = find(spec, skip_bad=skip_bad)
     check_classes(listing.labels, listing.parts, listing.classes, listing.name)
     parts = _with_subset(_with_all_parts(listing, validation, seed), listing, subset, seed)
     square = usual_square(image_size) if shorter_side is None else Square(image_size, shorter_side)
-    splits, bad, kept = _splits(listing, parts, _Limits(memory_limit, square, skip_bad))
+    splits, bad, shorter = _splits(listing, parts, _Limits(memory_limit, square, skip_bad))
     fingerprint = _fingerprint(splits)
     free_row_groups()
     return ImageData(
@@ -85,8 +88,7 @@ def load_data(
         test=splits["test"],
         fingerprint=fingerprint,
         skipped=(*listing.skipped, *bad),
-        # What has one size is resized as a whole, later.
-        shorter_side=image_size if kept else square.shorter,
+        shorter_side=shorter,
     )
 
 
@@ -146,11 +148,15 @@ def _with_subset(parts: dict[str, Ints], listing: Listing, subset: int | None, s
     return kept
 
 
-def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[dict[str, Split], list[str], bool]:
-    """The splits, the names of broken images, which are in none of them, and whether images are kept as they are."""
+def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[dict[str, Split], list[str], int]:
+    """The splits, the names of broken images, which are in none of them, and what shorter sides are brought to."""
     items, labels = listing.images, listing.labels
     if isinstance(items, np.ndarray):
-        return _in_memory(items, labels, parts), [], True
+        return _in_memory(items, labels, parts), [], limits.square.size
+    # By all that there are, so that a model sees as much of a picture whatever the subset and the memory.
+    common = common_size(items)
+    if common is not None and common[0] * common[1] <= MOST_KEPT**2 * limits.square.shorter**2:
+        limits = replace(limits, square=Square(limits.square.size, limits.square.size), common=common)
     needed = np.unique(np.concatenate(list(parts.values())))
     decoded = _decoded(items, needed, listing.key, limits)
     bad = needed[decoded[1]] if decoded else _broken(items, parts, listing.key, skip_bad=limits.skip_bad)
@@ -159,9 +165,9 @@ def _splits(listing: Listing, parts: dict[str, Ints], limits: _Limits) -> tuple[
         check_classes(labels, parts, listing.classes, f"{listing.name} without its broken files")
     names = [full_name(items, index) for index in bad.tolist()]
     if decoded is None:
-        return _streamed(items, labels, parts, listing.key, limits), names, False
+        return _streamed(items, labels, parts, listing.key, limits), names, limits.square.shorter
     places = {part: np.searchsorted(needed, index) for part, index in parts.items()}
-    return _in_memory(decoded[0], labels[needed], places), names, decoded[2]
+    return _in_memory(decoded[0], labels[needed], places), names, limits.square.shorter
 
 
 def _in_memory(pixels: Pixels, labels: Ints, parts: dict[str, Ints]) -> dict[str, Split]:
@@ -182,39 +188,32 @@ def _streamed(
     }
 
 
-def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tuple[Pixels, Ints, bool] | None:
-    """Pixels of the needed images, which of these are broken, and whether they have the size that they had.
-
-    None where they would not fit in memory.
-    """
+def _decoded(items: Items, needed: Ints, key: str | None, limits: _Limits) -> tuple[Pixels, Ints] | None:
+    """Pixels of the needed images and which of these are broken; None where they would not fit in memory."""
     # Once sizes are known to differ, there is no use in decoding up to the first odd one every time.
     mark = f"{key}-differ" if key and len(needed) == len(items) else None
     differ = cache.read(mark, np.int64, (0,)) is not None
-    for size in _sizes(Chosen(items, needed), limits, differ=differ):
+    for size in _sizes(len(needed), limits, differ=differ):
         try:
-            return *_at_size(items, needed, size, key, limits.skip_bad), size is None
+            return _at_size(items, needed, size, key, limits.skip_bad)
         except SizesDifferError:
             cache.write(mark, np.empty(0, dtype=np.int64))
     return None
 
 
-def _sizes(items: Items, limits: _Limits, *, differ: bool) -> list[Square | None]:
-    """Sizes to decode to that fit in memory, the best first; None: as they are, unless they differ."""
-    common = None if differ else common_size(items)
-    area = common[0] * common[1] if common else 0
-    kept = 0 < area <= MOST_KEPT**2 * limits.square.shorter**2
-    wanted: list[tuple[Square | None, int]] = [(None, area)] if kept else []
-    wanted.append((limits.square, limits.square.size**2))
-    return [size for size, area in wanted if 3 * area * len(items) <= limits.memory]
+def _sizes(count: int, limits: _Limits, *, differ: bool) -> list[Size]:
+    """Sizes to decode to that fit in memory, the best first: as they are, unless they differ."""
+    wanted: list[tuple[Size, int]] = [(limits.square, limits.square.size**2)]
+    if limits.common and not differ:
+        wanted.insert(0, (limits.common, limits.common[0] * limits.common[1]))
+    return [size for size, area in wanted if 3 * area * count <= limits.memory]
 
 
-def _at_size(
-    items: Items, needed: Ints, square: Square | None, key: str | None, skip_bad: bool
-) -> tuple[Pixels, Ints]:
+def _at_size(items: Items, needed: Ints, size: Size, key: str | None, skip_bad: bool) -> tuple[Pixels, Ints]:
     """As `_decoded`; out of the cache, which holds whole data sets only, where it can be."""
-    size = None if square is None else square.size
-    name = f"{key}-{'kept' if square is None else f'{size}-of-{square.shorter}'}" if key else None
-    pixels = cache.read(name, np.uint8, (len(items), 3, size, size))
+    how, shape = (f"{size.size}-of-{size.shorter}", (size.size,) * 2) if isinstance(size, Square) else ("kept", size)
+    name = f"{key}-{how}" if key else None
+    pixels = cache.read(name, np.uint8, (len(items), 3, *shape))
     bad = cache.read(f"{name}-bad", np.int64, (None,)) if name else None
     if pixels is not None and bad is not None and (skip_bad or not len(bad)):
         bad = np.intersect1d(needed, bad)
@@ -222,7 +221,7 @@ def _at_size(
         if len(find_bad(Chosen(items, bad), skip_bad=True)) == len(bad):
             whole = len(needed) == len(items)
             return pixels if whole else pixels[needed], np.searchsorted(needed, bad)
-    pixels, bad = decode_all(Chosen(items, needed), square, skip_bad=skip_bad)
+    pixels, bad = decode_all(Chosen(items, needed), size, skip_bad=skip_bad)
     if name and len(needed) == len(items):
         cache.write(f"{name}-bad", bad)
         cache.write(name, pixels)
