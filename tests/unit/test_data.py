@@ -8,6 +8,7 @@ import pickle
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,30 @@ def test_parquet_splits_are_known_however_people_call_them(tmp_path: Path, names
     assert {part: len(split) for part, split in parts(data).items()} == {"train": 20, "validation": 4, "test": 8}
 
 
-def test_parquet_split_with_secret_labels_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (pa.array([3, 5] * 10, pa.uint64()), pa.array([3, 5] * 4, pa.int16())),
+        (pa.array(["3", "5"] * 10).dictionary_encode(), pa.array(["3", "5"] * 4, pa.large_string())),
+    ],
+    ids=["integers", "strings"],
+)
+def test_parquet_labels_are_the_same_in_any_width_and_encoding(
+    tmp_path: Path, train: pa.Array, test: pa.Array
+) -> None:
+    for name, labels in (("train", train), ("test", test)):
+        table = {"img": [encoded(image) for image in pixels(len(labels))], "label": labels}
+        (tmp_path / "d").mkdir(exist_ok=True)
+        pq.write_table(pa.table(table), tmp_path / "d" / f"{name}.parquet")
+    data = load_data(str(tmp_path / "d"))
+    assert data.classes == ("3", "5")
+    assert parts(data)["test"].labels.tolist() == [0, 1] * 4
+
+
+@pytest.mark.parametrize("secret", [-1, None])
+def test_parquet_split_with_secret_labels_is_left_alone(tmp_path: Path, secret: int | None) -> None:
     folder = parquet_folder(tmp_path / "d")
-    parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [-1] * 20)
+    parquet(folder / "plain_text" / "test-00000-of-00001.parquet", [secret] * 20)
     data = load_data(str(folder))
     assert {name: len(split) for name, split in parts(data).items()} == {"train": 48, "validation": 6, "test": 6}
 
@@ -1005,6 +1027,20 @@ def label_fraction(root: Path) -> None:
     parquet(root / "train-0.parquet", [0.5, 1.0] * 5, names=None)
 
 
+def odd_labels(*labels: Any) -> Callable[[Path], None]:
+    """A builder of train with these labels, ten times."""
+
+    def build(root: Path) -> None:
+        parquet(root / "train-0.parquet", labels * 10, names=None)
+
+    return build
+
+
+def label_types_differ(root: Path) -> None:
+    parquet(root / "train-0.parquet", [0, 1] * 10, names=None)
+    parquet(root / "test-0.parquet", ["0", "1"] * 10, names=None)
+
+
 def unnamed_classes_differ(root: Path) -> None:
     parquet(root / "train-0.parquet", [0, 1] * 5, names=None)
     parquet(root / "test-0.parquet", [0, 2] * 5, names=None)
@@ -1067,6 +1103,12 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (label_too_large, r"d: expected labels from 0 to 1 \(2 classes\), got 2; correct"),
     (label_missing, "d: expected a label for every image, got 5 empty in train"),
     (label_fraction, "d: expected labels as integers or strings, got double; convert"),
+    (odd_labels([0], [1]), r"d: expected labels as integers or strings, got list<.*>; convert"),
+    (odd_labels({"kind": 0}, {"kind": 1}), r"d: expected labels as integers or strings, got struct<.*>; convert"),
+    (odd_labels(b"ape", b"owl"), "d: expected labels as integers or strings, got binary; convert"),
+    (odd_labels(Decimal(0), Decimal(1)), "d: expected labels as integers or strings, got decimal.*; convert"),
+    (odd_labels(np.uint64(0), np.uint64(2**64 - 1)), "d: labels cannot be used: .*18446744073709551615 .*; convert"),
+    (label_types_differ, "d: expected labels of one type, got int64 in train and string in test; convert"),
     (unnamed_classes_differ, "d: expected the same classes in train and test, got 1 in one only; give"),
     (class_only_in_test, "d: expected the classes of train in test, got 'bee' besides; give both"),
     (class_nowhere, "d: class 'cow' has no image in train; add images or remove it"),

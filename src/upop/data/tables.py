@@ -13,7 +13,7 @@ import numpy as np
 from upop.data.items import Ints
 from upop.data.listing import Listing, by_split, key_of, split_of
 from upop.data.rows import HubItems, ParquetItems, reading_parquet
-from upop.errors import DataError
+from upop.errors import DataError, one_line
 from upop.hub import reason
 from upop.reading import check_file, parse_json, size
 
@@ -47,7 +47,7 @@ def parquet_folder(folder: Path) -> Listing:
                 f"got {', '.join(schema.names)}; give all files the same columns"
             )
         _check_image_type(schema.field(image).type, image, folder / name)
-    columns = _known({split: _read(folder, part, label) for split, part in shards.items()})
+    columns = _known({split: _read(folder, part, label) for split, part in shards.items()}, str(folder))
     names = [name for split in columns for name in shards[split]]
     items = ParquetItems(folder, names, image)
     classes, labels, parts = _labels(columns, _names(features[label]), str(folder))
@@ -77,7 +77,7 @@ def hub_dataset(name: str) -> Listing:
         raise DataError(
             f"{name}: expected images in column {image!r}, got {kind or 'a list'}; choose another data set"
         )
-    columns = _known({split: table.data.column(label) for split, table in tables.items()})
+    columns = _known({split: table.data.column(label) for split, table in tables.items()}, name)
     classes, labels, parts = _labels(columns, _names(features[label]), name)
     plain = {split: tables[split].cast_column(image, datasets.Image(decode=False)) for split in columns}
     files = [entry["filename"] for table in plain.values() for entry in table.cache_files]
@@ -204,28 +204,51 @@ def _check_image_type(kind: Any, column: str, file: Path) -> None:
         )
 
 
-def _known(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Label columns without those of secret labels, all -1 as in ImageNet's test split: of no use here."""
+def _known(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Label columns, all of int64 or all of strings, without those of secret labels, which are of no use here.
+
+    Labels are secret where all are -1, as in ImageNet's test split, or empty.
+    """
     import pyarrow.compute as pc
 
-    others = (split for split in columns if split != "train")
-    secret = {split for split in others if pc.unique(columns[split]).to_pylist() == [-1]}
-    return {split: column for split, column in columns.items() if split not in secret}
+    known: dict[str, Any] = {}
+    for split, column in columns.items():
+        if not len(column):
+            raise DataError(f"{where}: expected images in {split}, got none; add images or remove the empty split")
+        empty = column.null_count
+        if empty and (split == "train" or empty < len(column)):
+            raise DataError(f"{where}: expected a label for every image, got {empty} empty in {split}")
+        plain = None if empty else _plain_labels(column, where)
+        if plain is not None and (split == "train" or pc.unique(plain).to_pylist() != [-1]):
+            known[split] = plain
+    for split, column in known.items():
+        if column.type != known["train"].type:
+            raise DataError(
+                f"{where}: expected labels of one type, got {known['train'].type} in train and {column.type} in "
+                f"{split}; convert the column"
+            )
+    return known
+
+
+def _plain_labels(column: Any, where: str) -> Any:
+    """A column of any type of integers or strings as int64 or string; raises DataError for other types."""
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (text or pa.types.is_integer(kind)):
+        raise DataError(f"{where}: expected labels as integers or strings, got {column.type}; convert the column")
+    try:
+        return column.cast(kind).cast(pa.string() if text else pa.int64())
+    except pa.ArrowException as error:  # integers beyond int64
+        raise DataError(f"{where}: labels cannot be used: {one_line(error)}; convert the column") from error
 
 
 def _labels(
     columns: Mapping[str, Any], declared: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], Ints, dict[str, Ints]]:
     """Classes, labels [n] of all splits and the positions of each, from one Arrow column per split."""
-    values: dict[str, np.ndarray[Any, Any]] = {}
-    for split, column in columns.items():
-        if not len(column):
-            raise DataError(f"{where}: expected images in {split}, got none; add images or remove the empty split")
-        if column.null_count:
-            raise DataError(f"{where}: expected a label for every image, got {column.null_count} empty in {split}")
-        values[split] = column.to_numpy()
-        if values[split].dtype.kind not in "iuOU":
-            raise DataError(f"{where}: expected labels as integers or strings, got {column.type}; convert the column")
+    values = {split: column.to_numpy() for split, column in columns.items()}
     together = np.concatenate(list(values.values()))
     starts = np.cumsum([0, *(len(part) for part in values.values())])
     parts = {split: np.arange(first, stop) for split, first, stop in zip(values, starts, starts[1:], strict=False)}
@@ -233,7 +256,7 @@ def _labels(
         names = np.unique(together)
         _check_same_values(values, parts, where)
         declared = [str(name) for name in names]
-    elif together.dtype.kind in "OU":
+    elif together.dtype.kind == "O":
         names = np.array(declared, dtype=object)
     else:
         names = np.arange(len(declared))
