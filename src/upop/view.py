@@ -31,6 +31,7 @@ TOP = 5
 MOST_BYTES = 32 * 2**20  # of an uploaded file
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 SAMPLES = 12
+SAMPLE_SIZE = 224  # pixels of a side, of images of many sizes
 # Kinds of the same units, whose bars have one scale.
 SCALE = {"qk": "attn", "v": "attn", "dims": "attn"}
 
@@ -245,7 +246,9 @@ def width_rows(models: Sequence[Viewed]) -> list[Rows]:
 def samples(data: str) -> list[tuple[str, bytes]]:
     """Some test images of a data set to try: true class and PNG file. Raises UpopError where it cannot be read."""
     # At least one of each class.
-    found = load_data(data, subset=None if data == "digits" else max(100, len(find(data, skip_bad=False).classes)))
+    subset = None if data == "digits" else max(100, len(find(data, skip_bad=True).classes))
+    # The whole central square: a model's own processor cuts off what it does not look at.
+    found = load_data(data, subset=subset, skip_bad=True, image_size=SAMPLE_SIZE, shorter_side=SAMPLE_SIZE)
     split = found.test if found.test is not None else found.validation
     step = max(1, len(split) // SAMPLES)
     chosen = []

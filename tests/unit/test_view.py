@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -200,3 +201,20 @@ def test_samples_are_there_for_many_classes(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number % 256, 0, 0)).save(file)
     assert len(view.samples(str(tmp_path / "data"))) == view.SAMPLES
+
+
+def test_samples_show_the_whole_central_square_and_leave_out_what_is_broken(tmp_path):
+    """Pictures of many sizes, white but for a black frame of two pixels around the central square."""
+    for number in range(60):
+        file = tmp_path / "data" / "ab"[number % 2] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("L", (40 + number, 40))
+        picture.paste(255, (number // 2 + 2, 2, number // 2 + 38, 38))
+        picture.save(file)
+    (tmp_path / "data/a/00.png").write_bytes(b"broken")
+    (tmp_path / "data/a/notes.txt").write_text("")
+    for _, file in view.samples(str(tmp_path / "data")):
+        grey = np.asarray(read_image(file))[..., 0]
+        assert grey.shape == (224, 224)
+        assert np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).max() < 40
+        assert grey[20:-20, 20:-20].min() > 215
