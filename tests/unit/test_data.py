@@ -356,6 +356,8 @@ def test_class_folders_alone_are_cut_in_three(tmp_path: Path) -> None:
 def test_image_folder_takes_nested_folders_and_ignores_what_systems_leave_behind(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "d", {"train": {"a": 9, "b": 10}})
     save(root / "train" / "a" / "more" / "deep.PNG", pixels(1, seed=99)[0])
+    for place in ("", "train", "train/a"):
+        save(root / place / "@eaDir" / "000.png" / "SYNOPHOTO_THUMB_M.jpg", pixels(1)[0])
     for name in ("train/a/.DS_Store", "train/a/Thumbs.db", "train/.hidden/x.txt", "train/README.md", "LICENSE"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("not an image")

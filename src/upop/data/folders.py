@@ -36,7 +36,8 @@ SUFFIXES = frozenset(
         ".tga",
     ]
 )
-IGNORED = frozenset({"thumbs.db", "desktop.ini"})  # put there by Windows; hidden files are ignored as well
+# What Windows and network drives leave there; hidden files are ignored as well.
+IGNORED = frozenset({"thumbs.db", "desktop.ini", "@eadir", "@__thumb", "#recycle", "@recycle"})
 CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_FILES = (*CIFAR_TRAIN, "test_batch", "batches.meta")
 
@@ -156,7 +157,7 @@ def _images(folder: Path, *, skip_bad: bool) -> tuple[list[Path], list[Path]]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in IGNORED)
         files = [file for file in _visible(Path(place)) if not file.is_dir()]
         good += [file for file in files if file.suffix.lower() in SUFFIXES]
         bad += [file for file in files if file.suffix.lower() not in SUFFIXES]
