@@ -365,6 +365,19 @@ def test_image_folder_takes_nested_folders_and_ignores_what_systems_leave_behind
     assert sum(len(split) for split in parts(data).values()) == 20
 
 
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_runs_that_are_kept_beside_the_classes_are_no_class(tmp_path: Path, layout: str) -> None:
+    root = image_folder(tmp_path / "d", {layout: {"a": 20, "b": 20}})
+    before = load_data(str(root))
+    for folder in ("runs/half/.upop-run", "runs/many/study.json", "runs/many/seed0/.upop-run", "bench/bench.json"):
+        file = root / folder
+        save(file.parent / "widths.png", pixels(1)[0])
+        file.write_text("{}")
+    (root / "runs/.DS_Store").write_text("")
+    after = load_data(str(root))
+    assert (after.classes, after.fingerprint) == (before.classes, before.fingerprint)
+
+
 def test_a_local_folder_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_folder(tmp_path / "digits", {"": {"a": 10, "b": 10}})
     monkeypatch.chdir(tmp_path)

@@ -42,6 +42,16 @@ def test_too_few_images_are_no_collapse():
     )
 
 
+def test_a_perfect_model_is_never_called_untrained_and_hides_no_collapse():
+    most = torch.tensor([0] * 45 + [1] * 5)  # guessing: 0.9, and by luck up to 1.03
+    lines = said(most, dense=1.0, slim=0.9)
+    assert lines == [
+        "dense: validation accuracy 1.000 cannot be told from guessing (0.900) with 50 images; hold out more",
+        "slim: validation accuracy 0.900 is at chance (0.900); the model has collapsed: remove less, or retrain for "
+        "longer",
+    ]
+
+
 @pytest.mark.parametrize("what", ["latency", "promise"])
 def test_times_are_those_of_the_models_as_they_load_whatever_kernel_they_were_trained_with(
     make_model, tmp_path, monkeypatch, what

@@ -38,6 +38,8 @@ SUFFIXES = frozenset(
 )
 # What Windows and network drives leave there; hidden files are ignored as well.
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "@eadir", "@__thumb", "#recycle", "@recycle"})
+# What upop leaves in folders of its own.
+OURS = (".upop-run", "study.json", "bench.json")
 CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_FILES = (*CIFAR_TRAIN, "test_batch", "batches.meta")
 
@@ -83,6 +85,20 @@ def cifar_batches(folder: Path) -> Listing:
     return Listing(folder.resolve().name, classes, np.concatenate([pixels for pixels, _ in content]), labels, parts)
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is of a run, a study or a benchmark, or holds nothing but such: who works where the images are
+    has them beside the classes."""
+    if any((folder / name).exists() for name in OURS):
+        return True
+    found = False
+    for file in folder.iterdir():  # most have images: the first one settles it
+        if not file.name.startswith("."):
+            if not (file.is_dir() and _is_ours(file)):
+                return False
+            found = True
+    return found
+
+
 def _visible(folder: Path) -> list[Path]:
     """What is in a folder, by name; without hidden files and those that systems leave behind."""
     found = sorted(folder.iterdir(), key=lambda file: file.name)
@@ -94,7 +110,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
     A class may have a split's name: beside class folders of other names its folder, too, holds images itself.
     """
-    inside = [file for file in _visible(folder) if file.is_dir()]
+    inside = [file for file in _visible(folder) if file.is_dir() and not _is_ours(file)]
     found = [file for file in inside if split_of(file.name)]
     others = [file for file in inside if file not in found and _holds_images(file)]
     if not found or (others and all(map(_is_class, found))):
@@ -125,7 +141,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
     """Names of the class folders."""
     visible = _visible(folder)
     loose = [file for file in visible if file.is_file() and file.suffix.lower() in SUFFIXES]
-    classes = tuple(file.name for file in visible if file.is_dir())
+    classes = tuple(file.name for file in visible if file.is_dir() and not _is_ours(file))
     if loose:
         raise DataError(f"{loose[0]}: expected images inside class folders, got one beside them; move it into one")
     for name in classes:
