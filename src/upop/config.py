@@ -417,8 +417,11 @@ def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
         return PruneConfig(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # Further parts say which of several types was tried.
+        key = str(first["loc"][0]) if first["loc"] else ""
         what = first["msg"].removeprefix("Value error, ")
+        if len(first["loc"]) > 1:
+            what = "expected a number, as 3 or 0.5"
         if first["type"] == "missing":
             what = f"missing; expected {PruneConfig.model_fields[key].description}"
         got = "" if first["type"] in ("missing", "value_error") else f", got {shortened(first['input'])}"

@@ -238,6 +238,12 @@ def _alignment(config: PruneConfig, model: nn.Module, kinds: Sequence[str], devi
         for kind in wanted:
             if kind not in kinds:
                 raise UpopError(f"align: expected kinds among structures = {config.structures}, got {kind!r}")
+            widest = max(s.width for s in find_structures(model, kinds) if s.kind == kind)
+            if wanted[kind] >= widest > 1:
+                raise UpopError(
+                    f"align: {kind}={wanted[kind]}: expected less than the {widest} units that a layer has, or none "
+                    f"of them could go; leave {kind} out of structures where that is meant"
+                )
         return check_alignment(wanted)
     if (device == "cpu" and config.latency_dtype == "float32") or config.threshold is not None:
         return {}

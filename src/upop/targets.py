@@ -161,7 +161,7 @@ class Target:
             raise TargetError(
                 f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
                 f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
-                + ("the model is too small or too narrow for structured pruning" if each == 1 else "align less")
+                + (COARSE.get(kind, TOO_SMALL) if each == 1 else "align less")
             )
 
     def _check_shares(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
@@ -232,6 +232,8 @@ def check_goal(
         raise TargetError("shrink: a method that trains its masks cuts once; progressive would overwrite them")
 
 
+TOO_SMALL = "the model is too small or too narrow for structured pruning"
+COARSE = dict.fromkeys(("head", "block"), "add a finer kind to the structures, such as attn or mlp")
 EXAMPLES = {"params": "params=11M", "macs": "macs=2.3G", "latency": "latency=4ms", "prunable": "prunable=0.5"}
 
 

@@ -142,6 +142,10 @@ def test_prune_ends_with_a_table_and_eval_agrees(upop, tmp_path):
         (["prune", "--model", "deit-digits", "--data", "cifar11"], "cifar11.*cifar10"),
         (["eval", "deit-digits", "--data", "digits", "--split", "tset"], "--split: expected validation or test"),
         (["analyse", "deit-tiny"], "analyse"),
+        (["export", "deit-digits", "--out", "x", "--split", "train"], "--split: expected validation or test"),
+        (["export", "deit-digits", "--out", "x", "--subset", "9"], "--subset: .* say --data too"),
+        (["prune", *QUICK, "--align", "attn=32"], "align: attn=32: expected less than the 32 units"),
+        (["prune", *QUICK, "--structures", "head", "--target", "params=0.1"], "add a finer kind to the structures"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(refused, arguments, message):

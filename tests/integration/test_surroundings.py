@@ -43,6 +43,21 @@ def run(out, **options):
     return prune(make_config({**OPTIONS, **options, "out": str(out)}))
 
 
+def test_a_reader_of_the_output_that_goes_away_ends_nothing(tmp_path):
+    code = "from upop.cli import show; from pathlib import Path; input()\n"
+    code += "for _ in range(9): show.out.print('x' * 9000)\n"
+    code += "Path('went on').touch()"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, b"")
+    assert (tmp_path / "went on").exists()
+
+
 def test_without_pictures_and_card_the_model_and_the_result_are_there_and_say_what_is_missing(tmp_path, monkeypatch):
     def half(result, path):
         path.write_bytes(b"half of it")

@@ -17,7 +17,15 @@ from rich.table import Table
 from upop.config import STAGES
 from upop.folder import is_main_process
 
-out = Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Who reads along may go (`| head`, `| less`): what is going on goes on, and shows nothing more."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
+out = _Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
