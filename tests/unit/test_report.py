@@ -125,8 +125,54 @@ def test_what_upop_chose_by_itself_makes_no_variant(tmp_path):
     entries = {label: {"differences": {}, "state": "done", "error": None} for label in runs}
     base = {"epochs_search": 4.0}
     results = load_results(fake.write(tmp_path, runs, {"runs": entries, "dense": None, "base": base}))
-    assert {group.name for group in results.groups} == {"upop", "upop, epochs_search=0"}
+    assert {group.name for group in results.groups} == {"upop", "one-shot"}
     assert not any("lr_mask" in note or "compensate" in note for note in results.notes)
+
+
+def test_what_was_asked_for_is_a_variant_however_many_asked(tmp_path):
+    runs = {}
+    for seed in range(3):
+        runs[f"auto-{seed}"] = fake.result(seed=seed, optimizer="adamw") | {"given": {"optimizer": None}}
+        runs[f"muon-{seed}"] = fake.result(seed=seed, optimizer="muon") | {"given": {"optimizer": "muon"}}
+    groups = load_results(fake.write(tmp_path, runs)).groups
+    assert [group.name for group in groups] == ["upop", "upop, optimizer=muon"]
+
+
+def chosen_by_upop(seed, method, **config):
+    """A run of a study that says nothing of epochs: upop ranks once, methods that cannot search for one."""
+    made = fake.result(seed=seed, method=method, target="prunable=0.8", **config)
+    return made | {"given": {"epochs_search": None, "epochs_retrain": None, "normalise": None}}
+
+
+def test_a_ranking_without_a_search_is_no_run_of_the_papers_method(tmp_path):
+    made = {}
+    for seed in range(3):
+        made[f"once-{seed}"] = chosen_by_upop(seed, "upop", epochs_search=0, epochs_retrain=6)
+        for method in ("progressive", "unified", "mask"):
+            made[f"{method}-{seed}"] = chosen_by_upop(seed, method, epochs_search=1, epochs_retrain=5)
+    report = build(fake.write(tmp_path, made))
+    assert {"upop", "one-shot"} & {group.method for group in load_results(tmp_path).groups} == {"one-shot"}
+    for claim in ("E2", "E3", "E4", "E5"):
+        assert report.facts["verdicts"][claim]["verdict"] == "untestable here"
+    assert "upop against unified" not in report.facts["verdicts"]["C4"]["reason"]
+    assert "the paper's setting, not printed there" not in report.markdown
+    assert "No claim is about one-shot" in report.markdown
+    assert "epochs\\_search is not the same for all: one-shot 0, progressive 1" in report.markdown
+
+
+@pytest.mark.parametrize("base", [{}, {"normalise": "none"}], ids=["no base", "a base of its own"])
+def test_the_papers_setting_is_what_the_paper_set(tmp_path, base):
+    made = {}
+    for seed in range(3):
+        for normalise in ("none", "zscore"):
+            run = fake.result(seed=seed, target="prunable=0.8", normalise=normalise)
+            run["accuracy"]["retrain"] = fake.both(0.7123 if normalise == "none" else 0.7789)
+            made[f"{normalise}-{seed}"] = run
+    entries = {label: {"differences": {}, "state": "done", "error": None} for label in made}
+    text = build(fake.write(tmp_path, made, {"runs": entries, "dense": None, "base": base})).markdown
+    (line,) = (line for line in text.splitlines() if "the paper's setting, not printed there" in line)
+    assert "77.89 ± 0.00 % (n = 3)" in line
+    assert "71.23" not in line
 
 
 def test_repeated_and_unlisted_results_are_left_out_aloud(tmp_path):

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from upop.report.paired import Stat, accuracy_at, stat
-from upop.report.records import CONTINUED, DENSE, OPEN, Group, Results, Run, Variant, in_words, removal
+from upop.report.records import CONTINUED, DENSE, ONE_SHOT, OPEN, Group, Results, Run, Variant, in_words, removal
 
 Json = dict[str, Any]
 # Okabe and Ito's palette (told apart by the colour-blind); dash and symbol repeat what the colour says.
 COLORS = {
     "upop": "#0072B2",
+    ONE_SHOT: "#332288",
     "progressive": "#56B4E9",
     "unified": "#D55E00",
     "mask": "#E69F00",
@@ -27,6 +28,7 @@ COLORS = {
 }
 SYMBOLS = {
     "upop": "circle",
+    ONE_SHOT: "pentagon",
     "progressive": "square",
     "unified": "diamond",
     "mask": "triangle-up",

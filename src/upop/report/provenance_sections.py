@@ -3,10 +3,12 @@
 Under the same promises as `sections`.
 """
 
+from collections.abc import Collection, Mapping
+
 from upop.report.figures import dense_level, spread, values
 from upop.report.paired import Stat, accuracy_at
 from upop.report.records import CONTINUED, DENSE, Group, Results, Run, removal, show
-from upop.report.references import CAVEATS, OWN_SETTING, PAPER, PUBLISHED, Published
+from upop.report.references import CAVEATS, OWN, OWN_SETTING, PAPER, PUBLISHED, Published
 from upop.report.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name
 
 SPLIT = {DENSE: "test", "search": "validation", "slim": "test", "retrain": "test"}
@@ -25,7 +27,7 @@ def published(results: Results) -> Section:
         for entry in PUBLISHED
     ]
     reached = sorted(
-        {removal(g.target)[1] for g in results.groups if _is_own(g)}
+        {removal(g.target)[1] for g in results.groups if _is_in(g, "upop", OWN) and removal(g.target)[1] <= 1}
         - {e.ratio for e in PUBLISHED if e.source == PAPER}
     )
     for ratio in reached:
@@ -45,8 +47,11 @@ def _printed(entry: Published) -> str:
     return f"{entry.value:.1f} %{beside}"
 
 
-def _is_own(group: Group) -> bool:
-    return group.method == "upop" and not group.variant and removal(group.target)[1] <= 1
+def _is_in(group: Group, method: str, settings: Mapping[str, str], varied: Collection[str] = ()) -> bool:
+    """Whether a group is of `method` in these settings, standard or not, and varies nothing but `varied`."""
+    departs = {key for key, _ in group.variant}
+    right = all(group.runs[0].config.get(key) == value for key, value in settings.items())
+    return group.method == method and right and set(varied) <= departs <= {*settings, *varied}
 
 
 def ours(entry: Published, results: Results) -> str:
@@ -54,13 +59,12 @@ def ours(entry: Published, results: Results) -> str:
     if entry.method == DENSE:
         level = dense_level(results)
         return spread(level) if level else NOTHING
-    wanted = {"schedule": entry.schedule} if entry.schedule else {}
+    wanted = OWN if entry.method == "upop" else {}
+    wanted = wanted | ({"schedule": entry.schedule} if entry.schedule else {})
+    varied = ("tolerance",) if entry.adaptive else ()
     found = []
     for group in results.groups:
-        departs = {key for key, _ in group.variant}
-        right = all(group.runs[0].config.get(key) == value for key, value in wanted.items())
-        extra = {"tolerance"} if entry.adaptive else set()
-        if group.method == entry.method and right and departs <= {*wanted, *extra} and extra <= departs:
+        if _is_in(group, entry.method, wanted, varied):
             found += [(group, text) for text in [_in_terms(entry, group, results)] if text]
     at = [(group, text) for group, text in found if abs(removal(group.target)[1] - entry.ratio) < 1e-9]
     return "; ".join(f"{text} ({group.target.partition('=')[0]})" for group, text in at) or NOTHING

@@ -19,7 +19,8 @@ from upop.report.form import first_fault, first_study_fault
 
 SCHEMA = 2
 DENSE, CONTINUED, OPEN = "dense", "dense-continued", "open"
-METHODS = ("upop", "progressive", "unified", "mask", "magnitude", "taylor", "random", CONTINUED)
+ONE_SHOT = "one-shot"  # method upop without a search: it ranks by other scores, once, and nothing shrinks
+METHODS = ("upop", ONE_SHOT, "progressive", "unified", "mask", "magnitude", "taylor", "random", CONTINUED)
 # What a setting is where nothing else is said; a run that departs from it is a variant of its method.
 DEFAULTS: dict[str, Any] = {
     "schedule": "sine",
@@ -39,6 +40,8 @@ APART = (
 )
 # Says what was pruned, not how: runs that differ in it are shown side by side, and never compared.
 PLACES = ("model", "data")
+# Part of what a method is compared for, so to be named where methods differ in it, also by upop's choice.
+LENGTHS = ("epochs_search", "epochs_retrain")
 # Says nothing where nothing is pruned.
 OF_PRUNING = (
     *("structures", "align", "shrink", "schedule", "interval", "normalise", "gradient_order", "compensate"),
@@ -60,7 +63,11 @@ class Run:
 
     @cached_property
     def method(self) -> str:
-        return DENSE if set(self.data["accuracy"]) == {DENSE} else str(self.config["method"])
+        """As configured; but `dense` where nothing followed, and `one-shot` where upop ranks without a search."""
+        if set(self.data["accuracy"]) == {DENSE}:
+            return DENSE
+        method = str(self.config["method"])
+        return ONE_SHOT if method == "upop" and self.config.get("epochs_search") == 0 else method
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -291,7 +298,7 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
         if first is not named:
             notes.append(f"{run.label}: repeats the settings and seed of {first.label}, left out")
     # How masks shrink is what makes the methods: no news.
-    for key in (key for key in keys if key != "shrink"):
+    for key in (key for key in dict.fromkeys((*keys, *LENGTHS)) if key != "shrink"):
         usual = {
             method: _standard(key, method, runs, base)
             for method in sorted({run.method for run in runs}, key=method_order)
@@ -311,23 +318,28 @@ def _departs(run: Run, key: str, runs: Sequence[Run], base: Mapping[str, Any]) -
     """Whether a setting makes the run a variant of its method."""
     if run.method == CONTINUED and key in OF_PRUNING:
         return False
-    value = run.config.get(key)
+    value, standard = run.config.get(key), _standard(key, run.method, runs, base)
     # A setting without a meaning for a method is null there: that is no variant.
-    if value == _standard(key, run.method, runs, base) or (value is None and DEFAULTS.get(key)):
+    if value == standard or (value is None and DEFAULTS.get(key)):
         return False
-    return "given" not in run.data or run.given.get(key) != _standard(key, run.method, runs, base, given=True)
+    # Nor is what upop made of that which was asked for in standard runs too.
+    asked = [other.given.get(key) for other in _peers(key, run.method, runs) if other.config.get(key) == standard]
+    return "given" not in run.data or run.given.get(key) not in asked
 
 
-def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any], *, given: bool = False) -> Any:
+def _peers(key: str, method: str, runs: Iterable[Run]) -> list[Run]:
+    """The runs whose values of a setting say what is usual for `method`."""
+    return [run for run in runs if key in DEFAULTS or key in PLACES or run.method == method]
+
+
+def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any]) -> Any:
     """The value of a setting that makes no variant.
 
     That is the study's, else the default, else the commonest: over all methods for what `DEFAULTS` knows and for model
     and data, else over the runs of `method`, because a method may bring its own (how its masks shrink, how long it
     searches).
     """
-    of_all = key in DEFAULTS or key in PLACES
-    among = [run.given if given else run.config for run in runs if of_all or run.method == method]
-    values = Counter(json.dumps(settings.get(key), sort_keys=True) for settings in among)
+    values = Counter(json.dumps(run.config.get(key), sort_keys=True) for run in _peers(key, method, runs))
     for known in (base, DEFAULTS):
         if key in known and json.dumps(known[key], sort_keys=True) in values:
             return known[key]

@@ -10,7 +10,7 @@ from typing import Any
 from upop.report import figures, progress_figures, verdicts
 from upop.report.figures import Figure, dense_levels, spread, values
 from upop.report.paired import Row, Stat
-from upop.report.records import CONTINUED, OPEN, Group, Results, Run, in_words, show
+from upop.report.records import CONTINUED, ONE_SHOT, OPEN, Group, Results, Run, in_words, show
 
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -148,6 +148,11 @@ def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
         lead.append(
             f"{tests} t tests on this page, none corrected for their number: at p < .05 about one in twenty "
             "comparisons without any effect looks like one."
+        )
+    if any(run.method == ONE_SHOT for run in results.runs):
+        lead.append(
+            f"No claim is about {ONE_SHOT}: upop with epochs_search = 0, which ranks units on a few batches and cuts "
+            "them at once. Where this page says upop, it searched."
         )
     if not control:
         lead.append("No dense-continued control: a gain over the dense model may be the extra training alone.")
