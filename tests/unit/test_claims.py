@@ -198,6 +198,26 @@ def test_c6_calls_the_loss_inert_only_when_all_is_equal():
     assert "inert" not in evaluate(claim("C6"), results(runs)).reason
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "base", "others"),
+    [
+        ("E4", "schedule", "linear", ("cubic",)),
+        ("C5", "normalise", "rank", ("none",)),
+        ("E5", "normalise", "minmax", ("none", "rank")),
+    ],
+)
+def test_a_value_that_a_claim_names_is_that_of_its_runs_whatever_the_base(name, key, base, others):
+    """The base is better than all others, and not what the claim is about."""
+    runs = [Run(f"base-{s}", run("upop", s, 75.0 + s / 10, **{key: base}).data) for s in range(3)]
+    runs += [run("upop", s, 70.0, **{key: other}) for other in others for s in range(3)]
+    assert evaluate(claim(name), results(runs)).verdict == UNTESTABLE
+    named = {"schedule": "sine", "normalise": "zscore"}[key]
+    runs += [run("upop", s, 80.0 + s / 10, **{key: named}) for s in range(3)]
+    found = evaluate(claim(name), results(runs))
+    assert found.verdict == SUPPORTED
+    assert f"against {key}={others[0]}" in {part.short for part in found.parts}
+
+
 def collapsing(unified, mask):
     runs = [control(seed, 84.0) for seed in range(3)]
     for seed in range(3):

@@ -157,6 +157,8 @@ def _contrast(a: str, b: str, stage: str = "retrain", *, at_least: float = 0.0) 
 
 OFF = {"sparsity_attn": 0.0, "sparsity_mlp": 0.0}
 STRONG = {"sparsity_attn": 4.8, "sparsity_mlp": 0.0}
+SINE = {"schedule": "sine"}
+ZSCORE = {"normalise": "zscore"}
 NONE = {"normalise": "none"}
 THRESHOLD = {"binarise": "threshold"}
 
@@ -196,8 +198,8 @@ CLAIMS = (
         "Normalising the scores is needed for the unified search.",
         "upop with z-scores against none decides; unified is shown beside it.",
         (
-            Contrast(Side("upop"), Side("upop", NONE)),
-            Contrast(Side("unified"), Side("unified", NONE), decides=False, optional=True),
+            Contrast(Side("upop", ZSCORE), Side("upop", NONE)),
+            Contrast(Side("unified", ZSCORE), Side("unified", NONE), decides=False, optional=True),
         ),
     ),
     Claim(
@@ -240,7 +242,7 @@ EXPERIMENTS = (
         "The paper's sine schedule beats every other schedule that was run.",
         "All contrasts must hold.",
         tuple(
-            Contrast(Side("upop"), Side("upop", {"schedule": name}), optional=True)
+            Contrast(Side("upop", SINE), Side("upop", {"schedule": name}), optional=True)
             for name in ("linear", "sigmoid", "exponential", "cosine", "cubic")
         ),
     ),
@@ -250,7 +252,7 @@ EXPERIMENTS = (
         "All contrasts that were run must hold. C5 and C6 have the same question for the other methods.",
         (
             *(
-                Contrast(Side("upop"), Side("upop", {"normalise": name}), optional=True)
+                Contrast(Side("upop", ZSCORE), Side("upop", {"normalise": name}), optional=True)
                 for name in ("none", "minmax", "rank")
             ),
             Contrast(Side("upop"), Side("upop", OFF), optional=True),

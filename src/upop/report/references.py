@@ -18,7 +18,8 @@ class Published:
     """One number as printed: `value` in per cent or points, at a share removed of `ratio`.
 
     Our side is the mean over runs of `method` with the schedule and tolerance named here (None: the standard), those
-    of upop in the paper's setting otherwise, at the same ratio; `minus` names what our number is taken against where the printed one is a difference.
+    of upop in the paper's setting otherwise, at the same ratio; `minus` names what our number is taken against where
+    the printed one is a difference.
     """
 
     source: str

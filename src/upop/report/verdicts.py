@@ -40,7 +40,11 @@ class Contrast:
     @property
     def short(self) -> str:
         """Only what the sides differ in."""
-        return f"against {self.b.name.removeprefix(f'{self.a.name}, ')}"
+        a, b = self.a, self.b
+        if a.method != b.method:
+            return f"against {b.name}"
+        own = {key: value for key, value in b.fixed.items() if key not in a.fixed or a.fixed[key] != value}
+        return "against " + Side(b.method, own, b.varied).name.removeprefix(f"{b.method}, ")
 
 
 @dataclass(frozen=True)
