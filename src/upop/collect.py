@@ -16,14 +16,21 @@ KEEP = "study.json"
 
 
 def collect(source: Path, target: Path) -> int:
-    """Copy every result below `source` to `target/<label>.json`, and study.json; returns how many results.
+    """Copy the results below `source` to `target/<label>.json`, and study.json; returns how many results.
 
-    Older results of the same study that no run in `source` stands behind any more are removed. Raises UpopError where
-    `source` holds no results, or broken ones, and where `target` holds those of another study, or other JSON files.
+    Where `source` has a study.json, only runs that are done by it are copied, and older results of runs that it no
+    longer lists are removed; those of runs that are merely not done in `source` stay. Raises UpopError where `source`
+    holds no results, or broken ones, and where `target` holds those of another study, or other JSON files.
     """
-    load_results(source)  # refuses what is broken before anything is copied
-    labels = {path.parent.name: path for path in source.glob("*/result.json")}
-    if not labels:
+    results = load_results(source)  # refuses what is broken before anything is copied
+    listed = {*results.study.get("runs", {}), results.study.get("dense")}
+    found = {path.parent.name: path for path in source.glob("*/result.json")}
+    texts = {
+        label: json.dumps(read_json(path), separators=(",", ":")) + "\n"
+        for label, path in found.items()
+        if not results.study or label in listed - set(results.absent)
+    }
+    if not texts:
         raise UpopError(f"{source}: expected run folders with a result.json each, found none; run the study first")
     others = [path for path in sorted(target.glob("*.json")) if path.name != KEEP]
     for path in others:
@@ -39,15 +46,14 @@ def collect(source: Path, target: Path) -> int:
             "folder with --out"
         )
     target.mkdir(parents=True, exist_ok=True)
-    for old in others:
-        if ours is not None and old.stem not in labels:
-            old.unlink()
-    for label, path in labels.items():
-        text = json.dumps(read_json(path), separators=(",", ":"))
-        write_whole(target / f"{label}.json", text + "\n")
+    for label, text in texts.items():
+        write_whole(target / f"{label}.json", text)
     if (source / KEEP).is_file():
         shutil.copyfile(source / KEEP, target / KEEP)
-    return len(labels)
+    for old in others:
+        if ours is not None and old.stem not in listed:
+            old.unlink()
+    return len(texts)
 
 
 def _study(folder: Path) -> str | None:
