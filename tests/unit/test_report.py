@@ -252,6 +252,29 @@ def test_dense_models_of_one_shape_are_seeds_of_one(tmp_path):
     assert "One model and one data set" in text
 
 
+def test_dense_models_of_several_levels_have_no_mean(tmp_path):
+    """As in a study of how long the dense model was trained: every seed starts from a weak one and from a good one."""
+    made = {}
+    for seed in range(3):
+        for epochs, level in ((2, 0.26), (30, 0.97)):
+            run = fake.result(seed=seed, epochs_dense=epochs)
+            run["accuracy"]["dense"] = fake.both(level + seed / 100)
+            made[f"{epochs}-{seed}"] = run
+    text = build(fake.write(tmp_path, made)).markdown
+    assert "Dense several: 27.00 ± 1.00 % (n = 3), 98.00 ± 1.00 % (n = 3); dense-continued not run." in text
+    (line,) = (line for line in text.splitlines() if "| dense model |" in line)
+    assert "| several: 27.00 ± 1.00 % (n = 3), 98.00 ± 1.00 % (n = 3) |" in line
+
+
+def test_dense_models_of_several_shapes_have_no_mean(tmp_path):
+    made = {"small": fake.dense(), "large": fake.dense(seed=1)}
+    made["small"]["config"]["model"], made["large"]["config"]["model"] = "vit-small", "vit-large"
+    made["large"]["accuracy"] = {"dense": fake.both(0.9)}
+    text = build(fake.write(tmp_path, made)).markdown
+    assert "Dense several: 82.08 % (n = 1), 90.00 % (n = 1)" in text
+    assert "86.04" not in text
+
+
 def test_a_dense_run_alone_makes_a_page(tmp_path):
     assert "82.08" in build(fake.write(tmp_path, {"dense": fake.dense()})).markdown
 

@@ -9,8 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upop.report.paired import Stat, accuracy_at, stat
-from upop.report.records import CONTINUED, DENSE, ONE_SHOT, OPEN, Group, Results, Run, Variant, in_words, removal
+from upop.report.paired import Stat, stat
+from upop.report.records import (
+    CONTINUED,
+    DENSE,
+    ONE_SHOT,
+    OPEN,
+    PLACES,
+    Group,
+    Results,
+    Run,
+    Variant,
+    in_words,
+    removal,
+)
 
 Json = dict[str, Any]
 # Okabe and Ito's palette (told apart by the colour-blind); dash and symbol repeat what the colour says.
@@ -68,23 +80,49 @@ def values(group: Group, read: Callable[[Run], float | None]) -> Stat | None:
     return stat(found) if found else None
 
 
-def dense_level(results: Results) -> Stat | None:
-    """Test accuracy of the dense models that runs start from, one per seed at most, in per cent; None of several."""
-    levels = dense_levels(results)
-    return next(iter(levels.values())) if len(levels) == 1 else None
+def dense_levels(results: Results) -> dict[Variant, list[Stat]]:
+    """Test accuracy of the dense models that runs start from, in per cent, for each model and data set.
+
+    One level, over a dense model a seed at most; several where runs of one seed start from several. Without pruned
+    runs: of the dense ones, each shape for itself.
+    """
+    found: dict[Variant, list[dict[int, float]]] = {}
+    for group in results.groups:
+        found.setdefault(group.place, []).append({run.seed: _start(run) for run in group.runs})
+    if found:
+        return {place: _levels(starts) for place, starts in found.items()}
+    for run in results.dense:
+        shape = tuple((key, run.config.get(key)) for key in PLACES)
+        found.setdefault(shape, []).append({run.seed: _start(run)})
+    return {(): sorted((level for starts in found.values() for level in _levels(starts)), key=_mean)}
 
 
-def dense_levels(results: Results) -> dict[Variant, Stat]:
-    """The same for each model and data set."""
-    places = {group.place: group for group in results.groups}
-    if results.dense and len(places) <= 1:
-        return {(): stat([accuracy_at(run, DENSE) for run in results.dense])}
-    levels = {}
-    for place in places:
-        runs = [run for group in results.groups if group.place == place for run in group.runs]
-        starts = sorted({run.seed: accuracy_at(run, DENSE) for run in runs}.values())
-        levels[place] = stat(starts if len(set(starts)) > 1 else starts[:1])
-    return levels
+def _start(run: Run) -> float:
+    """Of the dense model, also for a control, which goes on from there."""
+    value = run.accuracy(DENSE)
+    assert value is not None
+    return value
+
+
+def _levels(starts: Sequence[Mapping[int, float]]) -> list[Stat]:
+    """Of accuracies by seed, those joined that have the same for the seeds they share."""
+    joined: list[dict[int, float]] = []
+    for these in starts:
+        fits = [known for known in joined if all(known.get(seed, value) == value for seed, value in these.items())]
+        if not fits:
+            joined.append({})
+        (fits or joined[-1:])[0].update(these)
+    every = [sorted(known.values()) for known in joined]
+    levels = [stat(values if len(set(values)) > 1 else values[:1]) for values in every]
+    return sorted(levels, key=_mean)
+
+
+def _mean(level: Stat) -> float:
+    return level.mean
+
+
+def levels_text(levels: Sequence[Stat]) -> str:
+    return ("several: " if len(levels) > 1 else "") + ", ".join(map(spread, levels))
 
 
 def plain(text: str) -> str:
@@ -189,7 +227,7 @@ def color(method: str) -> str:
 
 def _horizontals(results: Results, left: float, right: float) -> list[Json]:
     lines: list[tuple[str, str, Stat | None]] = [
-        (DENSE, DENSE + in_words(place), level) for place, level in dense_levels(results).items()
+        (DENSE, DENSE + in_words(place), level) for place, levels in dense_levels(results).items() for level in levels
     ]
     continued = [group for group in standard(results) if group.method == CONTINUED]
     lines += [(CONTINUED, group.name, values(group, lambda run: run.accuracy("last"))) for group in continued]

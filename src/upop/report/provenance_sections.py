@@ -5,7 +5,7 @@ Under the same promises as `sections`.
 
 from collections.abc import Collection, Mapping
 
-from upop.report.figures import dense_level, spread, values
+from upop.report.figures import dense_levels, levels_text, spread, values
 from upop.report.paired import Stat, accuracy_at
 from upop.report.records import CONTINUED, DENSE, Group, Results, Run, removal, show
 from upop.report.references import CAVEATS, OWN, OWN_SETTING, PAPER, PUBLISHED, Published
@@ -57,8 +57,8 @@ def _is_in(group: Group, method: str, settings: Mapping[str, str], varied: Colle
 def ours(entry: Published, results: Results) -> str:
     """Our number for a published one, in its terms."""
     if entry.method == DENSE:
-        level = dense_level(results)
-        return spread(level) if level else NOTHING
+        levels = list(dense_levels(results).values())
+        return levels_text(levels[0]) if len(levels) == 1 else NOTHING
     wanted = OWN if entry.method == "upop" else {}
     wanted = wanted | ({"schedule": entry.schedule} if entry.schedule else {})
     varied = ("tolerance",) if entry.adaptive else ()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upop.report import figures, progress_figures, verdicts
-from upop.report.figures import Figure, dense_levels, spread, values
+from upop.report.figures import Figure, dense_levels, levels_text, spread, values
 from upop.report.paired import Row, Stat
 from upop.report.records import CONTINUED, ONE_SHOT, OPEN, Group, Results, Run, in_words, show
 
@@ -80,10 +80,10 @@ def baseline(results: Results) -> str:
     controls = {group.name: values(group, lambda run: run.accuracy("last")) for group in continued}
     levels = dense_levels(results)
     if len(levels) <= 1:
-        control, dense = next(iter(controls.values()), None), next(iter(levels.values()), None)
+        control = next(iter(controls.values()), None)
         against = spread(control) if control else "not run"
-        return f"Dense {spread(dense) if dense else NOTHING}; {CONTINUED} {against}."
-    each = [f"dense{in_words(place)}: {spread(level)}" for place, level in levels.items()]
+        return f"Dense {levels_text(*levels.values())}; {CONTINUED} {against}."
+    each = [f"dense{in_words(place)}: {levels_text(found)}" for place, found in levels.items()]
     each += [f"{name}: {spread(level)}" for name, level in controls.items() if level]
     return "D" + "; ".join(each)[1:] + "."
 
