@@ -244,6 +244,40 @@ def test_runs_on_different_models_are_never_paired(tmp_path):
     assert not [note for note in results.notes if "start from" in note]
 
 
+def of_data(mark, path, **config):
+    """A run on images with this fingerprint, wherever they lay."""
+    made = fake.result(data=path, **config)
+    return made | {"data": made["data"] | {"fingerprint": mark}, "given": {"data": path, **config}}
+
+
+def test_data_are_known_by_their_images_and_not_by_their_path(tmp_path):
+    made = {f"here-{seed}": of_data("a" * 64, "photos", seed=seed) for seed in range(2)}
+    made["there"] = of_data("a" * 64, "/disk/photos", seed=2)
+    assert [(g.name, len(g.runs)) for g in load_results(fake.write(tmp_path, made)).groups] == [("upop", 3)]
+    other = {f"other-{seed}": of_data("b" * 64, "photos", seed=seed, method="mask") for seed in range(3)}
+    results = load_results(fake.write(tmp_path, other))
+    assert {group.name for group in results.groups} == {"upop, data=photos (aaaaaaaa)", "mask, data=photos (bbbbbbbb)"}
+    assert not compare(results.runs, Side("upop"), Side("mask"), stage="retrain").rows
+
+
+def test_a_part_of_the_data_is_a_variant_by_the_option_that_says_so(tmp_path):
+    made = {f"all-{seed}": of_data("a" * 64, "photos", seed=seed, subset=None) for seed in range(2)}
+    made["part"] = of_data("b" * 64, "photos", subset=100)
+    names = {group.name for group in load_results(fake.write(tmp_path, made)).groups}
+    assert names == {"upop", "upop, subset=100"}
+
+
+def test_dense_models_are_known_by_their_weights(tmp_path):
+    made = {method: fake.result(method=method) | {"start": method} for method in ("upop", "mask")}
+    notes = load_results(fake.write(tmp_path, made)).notes
+    assert "seed 0: its runs start from 2 different dense models" in notes
+    made["mask"]["start"] = "upop"
+    made["mask"]["config"]["model"] = "/another/machine/model"
+    results = load_results(fake.write(tmp_path, made))
+    assert not results.notes
+    assert {group.name for group in results.groups} == {"upop", "mask"}
+
+
 def test_dense_models_of_one_shape_are_seeds_of_one(tmp_path):
     made = {str(seed): of_model(f"dense-{seed}", 0.9, 900_000, seed=seed) for seed in (0, 1)}
     text = build(fake.write(tmp_path, made)).markdown
@@ -312,6 +346,8 @@ def test_labels_are_shown_not_run(tmp_path):
         ({"config": {"method": "upop", "target": "x"}}, r"config\.seed as a whole number, got nothing"),
         ({"trajectory": {"step": [1]}}, r"trajectory as null or step, ratio and mean_mask"),
         ({"latency": {"1": {"before": {}}}}, r"latency as milliseconds"),
+        ({"start": ["x"]}, r"start as null or text"),
+        ({"data": {"classes": ["a"], "fingerprint": 7}}, r"data as null or name, classes, images and fingerprint"),
     ],
 )
 def test_a_result_that_cannot_be_used_is_one_line(tmp_path, changes, message):

@@ -45,7 +45,8 @@ def _result(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Test]]:
         yield key, "plain values", _is_settings
     yield "seconds", "numbers per stage", lambda value: value is None or _all(value, _is_number)
     yield "warnings", "a list", lambda value: value is None or isinstance(value, list)
-    yield "data", "null or name, classes and images", _is_data
+    yield "data", "null or name, classes, images and fingerprint", _is_data
+    yield "start", "null or text", _is_text_or_null
     yield "accuracy.dense", "an object", lambda value: isinstance(value, dict)
     yield "accuracy", f"some of {', '.join(STAGES)}", lambda value: set(value) <= set(STAGES)
     for stage in data["accuracy"]:
@@ -68,7 +69,7 @@ def _result(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Test]]:
 def _study() -> Iterator[tuple[str, str, Test]]:
     yield "name", "text", _is_text
     yield "base", "an object of settings", _is_settings
-    yield "dense", "null or text", lambda value: value is None or _is_text(value)
+    yield "dense", "null or text", _is_text_or_null
     yield "runs", "an object with the state of each run", lambda value: _all(value, _is_entry)
 
 
@@ -78,6 +79,10 @@ def _is_entry(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or _is_text(value)
 
 
 def _is_whole(value: Any) -> bool:
@@ -107,7 +112,8 @@ def _is_data(value: Any) -> bool:
     if value is None:
         return True
     classes, images = (value.get("classes"), value.get("images")) if isinstance(value, dict) else (None, None)
-    return isinstance(classes, list) and (images is None or _all(images, _is_whole))
+    known = isinstance(value, dict) and _is_text_or_null(value.get("fingerprint"))
+    return known and isinstance(classes, list) and (images is None or _all(images, _is_whole))
 
 
 def _are_widths(value: Any) -> bool:

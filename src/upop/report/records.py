@@ -40,6 +40,8 @@ APART = (
 )
 # Says what was pruned, not how: runs that differ in it are shown side by side, and never compared.
 PLACES = ("model", "data")
+# Decide which images there are at a path.
+OF_DATA = ("data", "validation", "subset", "skip_bad")
 # Part of what a method is compared for, so to be named where methods differ in it, also by upop's choice.
 LENGTHS = ("epochs_search", "epochs_retrain")
 # Says nothing where nothing is pruned.
@@ -182,7 +184,7 @@ def load_results(folder: Path) -> Results:
     if not runs:
         _refuse(folder, "", "results", "none", "run the study first, or name a folder that holds its results")
     dense = tuple(run for run in runs if run.method == DENSE or run.label == study.get("dense"))
-    pruned, more = _with_variants([run for run in runs if run not in dense], study.get("base", {}))
+    pruned, more = _with_variants(_by_images([run for run in runs if run not in dense]), study.get("base", {}))
     return Results(study, pruned, dense, absent, tuple([*notes, *more, *_starts(pruned)]))
 
 
@@ -281,13 +283,32 @@ def _short(value: Any) -> str:
     return "nothing" if value is None else text if len(text) <= 60 else text[:57] + "..."
 
 
+def _by_images(runs: list[Run]) -> list[Run]:
+    """The runs with one name for the same images, wherever they lay, and others for others that lay at one path."""
+    marks = [(run.data.get("data") or {}).get("fingerprint") for run in runs]
+    first: dict[str, tuple[Any, ...]] = {}
+    for run, mark in zip(runs, marks, strict=True):
+        if mark:
+            first.setdefault(mark, tuple(run.config.get(key) for key in OF_DATA))
+    alike = Counter(first.values())
+    names = {mark: f"{at[0]} ({mark[:8]})" if alike[at] > 1 else at[0] for mark, at in first.items()}
+    return [
+        Run(run.label, {**run.data, **_settings(run, names[mark])}) if mark else run
+        for run, mark in zip(runs, marks, strict=True)
+    ]
+
+
+def _settings(run: Run, data: str) -> dict[str, Any]:
+    return {key: {**run.data[key], "data": data} for key in ("config", "given") if run.data.get(key)}
+
+
 def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run, ...], list[str]]:
     """The runs with their variants named, repeated ones left out; and what a reader must know about that."""
     keys = [key for key in sorted({k for run in runs for k in run.config} - set(APART)) if _varies(runs, key)]
     # Of one shape, and one for each seed, they are what one model came to with that seed.
     shapes = {(run.data["params"]["before"], run.data["macs"]["before"]) for run in runs}
-    seeds = {run.seed: {other.config.get("model") for other in runs if other.seed == run.seed} for run in runs}
-    if len(shapes) > 1 or any(len(models) > 1 for models in seeds.values()):
+    models = [(run.seed, run.data.get("start") or run.config.get("model")) for run in runs]
+    if len(shapes) > 1 or len(set(models)) > len({run.seed for run in runs}):
         keys.append("model")
     notes: list[str] = []
     found: dict[tuple[Any, ...], Run] = {}
@@ -348,12 +369,18 @@ def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any
 
 def _starts(runs: Iterable[Run]) -> list[str]:
     """A warning where runs of one seed and model did not start from one dense model: they cannot be paired fairly."""
-    starts: dict[tuple[int, Variant], set[float]] = {}
+    starts: dict[tuple[int, Variant], list[Run]] = {}
     for run in runs:
         where = tuple(pair for pair in run.variant if pair[0] in PLACES)
-        starts.setdefault((run.seed, where), set()).add(run.data["accuracy"][DENSE]["test"])
+        starts.setdefault((run.seed, where), []).append(run)
     return [
-        f"seed {seed}{in_words(where)}: its runs start from {len(values)} dense models of different test accuracy"
-        for (seed, where), values in sorted(starts.items(), key=repr)
-        if len(values) > 1
+        f"seed {seed}{in_words(where)}: its runs start from {count} different dense models"
+        for (seed, where), found in sorted(starts.items(), key=lambda item: repr(item[0]))
+        if (count := _count_starts(found)) > 1
     ]
+
+
+def _count_starts(runs: Sequence[Run]) -> int:
+    """By the dense models' weights where all runs say them, else by their test accuracies."""
+    weights = {run.data.get("start") for run in runs}
+    return len({run.accuracy(DENSE) for run in runs} if None in weights else weights)
