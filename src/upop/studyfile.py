@@ -93,7 +93,7 @@ def load_study(path: Path, out: Path, overrides: Mapping[str, Any] | None = None
     for number, table in enumerate(raw.get("grid", []), 1):
         for differences in _expand(table, seeds, f"{path} [[grid]] {number}"):
             run = _make_run(base, differences, out, f"{path} [[grid]] {number}")
-            runs[run.label] = run
+            _refuse_namesake(runs.setdefault(run.label, run), run, f"{path} [[grid]] {number}")
     if not runs:
         raise ConfigError(f'{path}: expected a table [[grid]] with at least one run, such as method = ["upop"]')
     texts = {key: str(raw.get(key, "")) for key in TEXTS}
@@ -143,6 +143,18 @@ def _make_run(base: Mapping[str, Any], differences: Mapping[str, Any], out: Path
     real = {key: new[key] for key in new if key in ALWAYS or new[key] != old[key]}
     label = "_".join(_part(key, real[key]) for key in (*ALWAYS[:2], *sorted(set(real) - set(ALWAYS)), "seed"))
     return StudyRun(label, real, config.model_copy(update={"out": str(out / label)}))
+
+
+def _refuse_namesake(known: StudyRun, run: StudyRun, where: str) -> None:
+    """Raise ConfigError where two runs have one label, and so one folder: labels keep no more than plain letters."""
+    old, new = known.config.model_dump(), run.config.model_dump()
+    for key in new:
+        if new[key] != old[key]:
+            raise ConfigError(
+                f"{where}: {key}: expected values that differ in letters from a to z, digits or one of .+-, got "
+                f"{old[key]!r} and {new[key]!r}, whose runs would both be {run.label}; rename one, or give it a study "
+                "of its own"
+            )
 
 
 def _part(key: str, value: Any) -> str:

@@ -43,6 +43,17 @@ def test_a_run_in_two_grids_is_one_run(tmp_path):
     assert "upop_params0.5_schedule-linear_s1" in labels
 
 
+@pytest.mark.parametrize("names", [("my_photos", "my-photos"), ("sets/1", "sets1"), ("фото", "кадры")], ids=ascii)
+def test_two_runs_of_one_label_are_refused(tmp_path, names):
+    text = BASE + f'[[grid]]\nmethod = "upop"\n[[grid]]\ndata = ["{names[0]}", "{names[1]}"]\n'
+    message = (
+        rf"\[\[grid\]\] 2: data: expected .* {names[0]!r} and {names[1]!r}, whose runs would both be upop_.*_s0; "
+    )
+    with pytest.raises(ConfigError, match=message) as refused:
+        study(tmp_path, text)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_ranking_and_a_search_are_two_runs(tmp_path):
     grids = '[[grid]]\nmethod = "upop"\n[[grid]]\nschedule = ["sine", "linear"]\n'
     runs = study(tmp_path, BASE + grids).runs
