@@ -11,7 +11,6 @@ from pathlib import Path
 # What shows, moves or plans results, and cannot change them.
 SHOWING = {
     "allocator",
-    "analysis",
     "animate",
     "bench",
     "benchrun",

@@ -1,6 +1,7 @@
 """Promises about the whole package: who may import whom, who prints, and the public names."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import upop
+from upop.version import code_version
 
 ROOT = Path(upop.__file__).parent
 FILES = {
@@ -195,3 +197,13 @@ def test_the_public_names_are_these():
         "slim",
     ]
     assert all(hasattr(upop, name) for name in upop.__all__)
+
+
+@pytest.mark.parametrize(("module", "decides"), [("analysis", True), ("search", True), ("report/claims", False)])
+def test_the_version_of_the_code_follows_what_decides_results_alone(tmp_path, module, decides):
+    shutil.copytree(ROOT, tmp_path / "upop", ignore=shutil.ignore_patterns("__pycache__"))
+    version = code_version.__wrapped__  # it looks once a folder
+    before = version(tmp_path / "upop")
+    with (tmp_path / "upop" / f"{module}.py").open("a") as file:
+        file.write("\nMORE = 1\n")
+    assert (version(tmp_path / "upop") != before) == decides
