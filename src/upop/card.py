@@ -76,15 +76,17 @@ def model_card(result: Mapping[str, Any], parent: Parent, *, name: str) -> str:
     """README.md for the model of a run whose result.json is `result`; `name` is the model's, for its heading."""
     stages = [stage for stage in STAGES if stage in result["accuracy"]]
     final, split = stages[-1], "test" if "test" in result["accuracy"]["dense"] else "validation"
-    pruned = final != "dense"
+    slimmed = final != "dense"
+    # A search may find nothing that can go, and the control is not to remove anything.
+    pruned = slimmed and result["params"]["after"] < result["params"]["before"]
     sections = [
         _header(result, parent, name=name, split=split, accuracy=result["accuracy"][final][split]),
         f"# {name}",
         _summary(result, parent) if pruned else f"{_began(parent)} Trained on {_data(result)} by upop; not pruned.",
         *[f"> **{warning}**" for warning in result["warnings"]],
-        _numbers(result, stages),
+        _numbers(result, stages, STAGES if pruned else STAGES | {"retrain": "retrained"}),
         *([_widths(result["widths"])] if pruned else []),
-        _loading(name, pruned=pruned),
+        _loading(name, slimmed=slimmed),
         _making(result),
         _licence(parent),
         *(["## Citation\n\nThe method is UPop:\n\n" + CITATION] if pruned else []),
@@ -140,7 +142,7 @@ def _summary(result: Mapping[str, Any], parent: Parent) -> str:
     )
 
 
-def _numbers(result: Mapping[str, Any], stages: list[str]) -> str:
+def _numbers(result: Mapping[str, Any], stages: list[str], names: Mapping[str, str]) -> str:
     pruned = len(stages) > 1
     rows: list[tuple[str, ...]] = [("", "dense", "this model", "ratio") if pruned else ("", "this model")]
     size = result.get("images", {}).get("size")
@@ -160,7 +162,7 @@ def _numbers(result: Mapping[str, Any], stages: list[str]) -> str:
         ("accuracy, %", *(f"{split}, {result['data']['images'][split]:,} images" for split in splits))
     ]
     accuracy += [
-        (STAGES[stage], *(f"{100 * result['accuracy'][stage][split]:.2f}" for split in splits)) for stage in stages
+        (names[stage], *(f"{100 * result['accuracy'][stage][split]:.2f}" for split in splits)) for stage in stages
     ]
     return (
         f"{_table(accuracy)}\n\nDecisions were made on validation; test was read once, at the end. In float32.\n\n"
@@ -188,18 +190,19 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 def _widths(widths: Mapping[str, Mapping[str, list[int]]]) -> str:
     rows: list[tuple[str, ...]] = [("what stays, layer by layer", "dense", "this model")]
     for kind, after in widths["after"].items():
-        before = sorted(set(widths["before"].get(kind, [])))
-        rows.append((UNITS.get(kind, kind), " to ".join(map(str, before)), " ".join(map(str, after))))
+        before = widths["before"].get(kind, [])
+        ends = dict.fromkeys((min(before), max(before))) if before else {}
+        rows.append((UNITS.get(kind, kind), " to ".join(map(str, ends)), " ".join(map(str, after))))
     return f"## Widths\n\n{_table(rows)}"
 
 
-def _loading(name: str, *, pruned: bool) -> str:
+def _loading(name: str, *, slimmed: bool) -> str:
     upop = f'import upop\n\nmodel = upop.from_pretrained("{name}")  # this folder, or owner/name on the Hub'
     plain = f'from transformers import pipeline\n\nclassify = pipeline("image-classification", model="{name}"'
-    if not pruned:
+    if not slimmed:
         return f"## Use\n\n```python\n{plain})\n```"
     return (
-        "## Use\n\nIts layers differ in width, which transformers' own classes do not know. With upop installed:\n\n"
+        "## Use\n\nIts layers may differ in width, which transformers does not know. With upop installed:\n\n"
         f"```python\n{upop}\n```\n\nWithout, by the one file of code in this folder, `modeling_upop.py`, which you "
         f"may read before you trust it:\n\n```python\n{plain}, trust_remote_code=True)\n```"
     )

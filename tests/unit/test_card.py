@@ -65,6 +65,25 @@ def test_a_dense_models_card_speaks_of_no_pruning():
     assert "license" not in header(card)
 
 
+def test_a_run_that_removed_nothing_says_so():
+    """As `dense-continued`, or a search that could remove nothing within its budget."""
+    size, widths = HALF["params"]["before"], HALF["widths"]["before"]
+    result = HALF | {"params": {"before": size, "after": size}, "widths": {"before": widths, "after": widths}}
+    card = model_card(result, DEIT, name="whole")
+    assert "by upop; not pruned." in card
+    for untrue in ("without 0 %", "smaller and faster", "pruned and retrained", "layers differ in width"):
+        assert untrue not in card
+    assert "| retrained | 83.74 | 83.17 |" in card
+    assert "modeling_upop.py" in card, "it was saved as a slimmed model all the same"
+
+
+def test_widths_of_a_dense_model_are_from_the_least_to_the_most():
+    widths = HALF["widths"] | {"before": {"attn": [17, 23, 27, 29, 23, 17], "mlp": [768] * 6}}
+    card = model_card(HALF | {"widths": widths}, DEIT, name="half")
+    assert "| head dims, shared by all heads | 17 to 29 | 15 35" in card
+    assert "| hidden neurons | 768 | 528" in card
+
+
 def test_images_of_ones_own_are_no_data_set_of_the_hub():
     result = HALF | {"data": HALF["data"] | {"name": "photos"}, "warnings": ["at chance"]}
     card = model_card(result, Parent("mine"), name="half")
