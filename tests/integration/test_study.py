@@ -10,6 +10,7 @@ import time
 import pytest
 from filelock import FileLock
 
+from upop import cli
 from upop.errors import UpopError
 from upop.executors import make_executor
 from upop.study import look, run_study
@@ -168,6 +169,20 @@ def test_a_failed_run_is_kept_apart_and_retried_on_request(out):
     assert json.loads((out / "study.json").read_text())["runs"][label]["state"] == "failed"
     assert go(out, text)[0].ran == ()
     assert go(out, text, retry_failed=True)[0].ran == (label,)
+
+
+def test_where_all_runs_fail_that_is_what_the_last_line_says(tmp_path, monkeypatch, capsys):
+    base = TEXT.partition("[base]")[2].partition("[[grid]]")[0]
+    text = f'[base]\nmodel = "deit-digits-2layers"\n{base}\n[[grid]]\nmethod = "upop"\nlr_search = 1e30\n'
+    (tmp_path / "mine.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["upop", "study", "mine.toml", "--out", "out"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == "upop: 1 runs failed; see out/failed, then use --retry-failed"
 
 
 def test_a_run_that_was_done_by_hand_after_it_had_failed_is_done(out):

@@ -81,7 +81,8 @@ def study(
         f"{len(summary.done)} done, {len(summary.failed)} failed, {len(summary.ran)} of them run now, "
         f"{clock(summary.seconds)}"
     )
-    _write_report(folder, folder)
+    if summary.done:
+        _write_report(folder, folder)
     if summary.failed:
         raise UpopError(f"{len(summary.failed)} runs failed; see {folder / 'failed'}, then use --retry-failed")
 
