@@ -1,6 +1,7 @@
 """Every number in README's results comes from a result that is checked in."""
 
 import importlib.util
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -48,6 +49,13 @@ def claims_block(folder):
 def test_the_claims_in_readme_are_those_of_the_results():
     _, _, rest = (ROOT / "README.md").read_text().partition("<!-- claims: begin -->\n")
     assert rest.partition("<!-- claims: end -->")[0].strip() == claims_block(CLAIMS)
+
+
+def test_readme_says_how_many_tests_there_are():
+    pattern = r"(\d+) different paired t tests .*?(\d+) more at single ratios"
+    said, there = (re.findall(pattern, path.read_text()) for path in (ROOT / "README.md", CLAIMS / "report.md"))
+    assert len(said) == 1
+    assert said == there
 
 
 @pytest.mark.parametrize("start", ["again", "claims"])

@@ -61,6 +61,20 @@ def test_every_claim_and_experiment_has_a_verdict(report):
     assert report.facts["verdicts"]["C6"]["reason"].startswith("inert")
 
 
+def test_the_number_of_tests_is_that_of_all_different_ones(tmp_path):
+    """unified against mask and magnitude, and again at high ratios alone; at two ratios each."""
+    methods, targets = ("unified", "mask", "magnitude"), ("prunable=0.5", "prunable=0.8")
+    made = {
+        f"{method}-{target}-{seed}": fake.result(method=method, target=target, seed=seed)
+        for seed in range(3)
+        for method in methods
+        for target in targets
+    }
+    said = r"- (\d+) different paired t tests of accuracy .* and (\d+) more at single ratios, none corrected"
+    # The one at the high ratio alone is that of the row.
+    assert re.findall(said, build(fake.write(tmp_path, made)).markdown) == [("3", "3")]
+
+
 def test_numbers_come_from_the_results(tmp_path):
     runs = fake.study(**SMALL)
     before = build(fake.write(tmp_path, runs))

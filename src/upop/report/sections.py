@@ -132,7 +132,7 @@ def _seconds(runs: Sequence[Run]) -> float:
 
 def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
     seeds = len({run.seed for run in results.runs})
-    tests = sum(1 for v in judged for part in v.parts if part.comparison and part.comparison.p is not None)
+    over_ratios, at_one = _tests(judged)
     control = any(run.method == CONTINUED for run in results.runs)
     lead = [
         "Throughout: mean ± standard deviation over seeds (n); accuracy in per cent, differences in points.",
@@ -144,9 +144,10 @@ def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
         if len({group.place for group in results.groups}) <= 1
         else "Several models or data sets: compare rows of the same one only, as the claims do, with the commonest.",
     ]
-    if tests:
+    if over_ratios or at_one:
         lead.append(
-            f"{tests} t tests on this page, none corrected for their number: at p < .05 about one in twenty "
+            f"{over_ratios} different paired t tests of accuracy on this page over all ratios of a comparison, and "
+            f"{at_one} more at single ratios, none corrected for their number: at p < .05 about one in twenty "
             "comparisons without any effect looks like one."
         )
     if any(run.method == ONE_SHOT for run in results.runs):
@@ -157,6 +158,20 @@ def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
     if not control:
         lead.append("No dense-continued control: a gain over the dense model may be the extra training alone.")
     return Section("limits", "Limits", (*lead, *results.notes), listed=True)
+
+
+def _tests(judged: Sequence[verdicts.Verdict]) -> tuple[int, int]:
+    """How many different paired tests the claims have over their ratios, and how many more their tables have."""
+    over_ratios, at_one = set(), set()
+    for part in (part for v in judged for part in v.parts):
+        c, contrast = part.comparison, part.contrast
+        if c is None or contrast is None or c.identical:  # equal to the last unit: nothing was tested
+            continue
+        sides = (contrast.a.name, contrast.b.name, contrast.stage)
+        if c.p is not None:
+            over_ratios.add((*sides, c.targets))
+        at_one |= {(*sides, (row.target,)) for row in c.rows if row.p is not None}
+    return len(over_ratios), len(at_one - over_ratios)
 
 
 # ---- verdicts ----
