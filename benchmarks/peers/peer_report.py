@@ -95,11 +95,11 @@ class Difference:
     setting: str
     where: str
     points: Stat
-    p: float | None  # None below LEAST pairs
+    p: float | None  # None below LEAST pairs, and where all of them differ by the same
 
     @property
     def verdict(self) -> str:
-        """`ahead`, `behind`, `not told apart`, or that there are too few pairs to say."""
+        """`ahead`, `behind`, `not told apart`, or that the pairs cannot say."""
         if self.p is None:
             return f"not judged (n = {self.points.n})"
         return "not told apart" if self.p >= LEVEL else "ahead" if self.points.mean > 0 else "behind"

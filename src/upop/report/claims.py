@@ -16,6 +16,7 @@ from upop.report.verdicts import (
     Contrast,
     Part,
     interval_text,
+    no_spread,
     p_text,
     points_text,
 )
@@ -122,6 +123,8 @@ def adapts(results: Results) -> Part:
     values = [sum(v) / len(v) for _, v in sorted(gaps.items())]
     p, half_width = t_test(values)
     overall = stat(values)
+    if p is None:
+        return Part(name, UNTESTABLE, no_spread(overall), decides=False)
     interval = f"95 % interval {interval_text(overall, half_width)}"
     reason = f"{points_text(overall.mean)} points ({interval}, {p_text(p)}, n = {overall.n})"
     return Part(name, SUPPORTED if p < LEVEL else NOT_SUPPORTED, reason, decides=False)

@@ -60,7 +60,7 @@ class Row:
     a: Stat
     b: Stat
     difference: Stat
-    p: float | None  # two-sided, None below two pairs
+    p: float | None  # two-sided, None below two pairs and without any spread
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ def stat(values: Sequence[float]) -> Stat:
     return Stat(statistics.fmean(values), sd, len(values))
 
 
-def t_test(values: Sequence[float]) -> tuple[float, float]:
+def t_test(values: Sequence[float]) -> tuple[float | None, float]:
     """p value (two-sided t test that the mean is 0) and half-width of the mean's 95 % interval; two values or more.
 
     For paired differences this is the paired t test. Without any spread the test is undefined: then p is 1 where all
-    values are 0 and 0 where all are the same other value.
+    values are 0, and None where all are the same other value, since seeds that change nothing are no evidence.
     """
     n, mean, sd = len(values), statistics.fmean(values), statistics.stdev(values)
     if sd < 1e-9:
-        return (1.0 if abs(mean) < 1e-9 else 0.0), 0.0
+        return (1.0 if abs(mean) < 1e-9 else None), 0.0
     p = float(stats.ttest_1samp(values, 0.0).pvalue)
     return p, float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * sd / math.sqrt(n)
 

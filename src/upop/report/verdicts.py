@@ -110,8 +110,10 @@ def combine(verdicts: Sequence[str]) -> str:
 def judge(comparison: Comparison, contrast: Contrast) -> tuple[str, str]:
     """Verdict and its reason in one line, for the claim that side a is above side b."""
     c, n = comparison, len(comparison.seeds)
-    if c.overall is None or c.p is None or c.half_width is None:
+    if c.overall is None or c.half_width is None:
         return UNTESTABLE, _too_few(c, contrast)
+    if c.p is None:
+        return UNTESTABLE, no_spread(c.overall)
     if c.identical:
         return NOT_SUPPORTED, f"inert: accuracies and widths are exactly equal in all {c.identical} pairs"
     numbers = f"95 % interval {interval_text(c.overall, c.half_width)}, {p_text(c.p)}, n = {n}"
@@ -130,6 +132,11 @@ def judge(comparison: Comparison, contrast: Contrast) -> tuple[str, str]:
     if contrast.every and against:
         return NOT_SUPPORTED, f"not at every ratio, not at {', '.join(against)}; on average {mean} ({numbers})"
     return SUPPORTED, f"{mean} ({numbers})"
+
+
+def no_spread(overall: Stat) -> str:
+    said = f"all {overall.n} seeds differ by exactly {points_text(overall.mean)} points"
+    return f"no spread: {said}, so that no test says how sure that is"
 
 
 def _too_few(c: Comparison, contrast: Contrast) -> str:
