@@ -94,6 +94,16 @@ def test_means_and_deviations_on_the_page_are_right(tmp_path):
     assert "81.33 ± 1.53 (3)" in build(tmp_path).markdown
 
 
+def test_minutes_that_are_less_than_those_of_the_stages_are_not_shown(tmp_path):
+    """As older code left them where a run was resumed: `all` began anew."""
+    whole, resumed = fake.result(), fake.result(seed=1)
+    resumed["seconds"] = {"search": 1000.0, "retrain": 1000.0, "all": 1200.0}
+    text = build(fake.write(tmp_path, {"whole": whole, "resumed": resumed})).markdown
+    assert re.search(r"^\| whole \| 0 \|.*\| 36\.3 \| – \|", text, re.M)
+    assert re.search(r"^\| resumed \| 1 \|.*\| – \| – \|", text, re.M)
+    assert "1.16 hours, runs added up" in text  # 2180 and 2000 seconds
+
+
 def test_groups_differ_in_more_than_the_seed(folder):
     results = load_results(folder)
     groups = {(g.name, g.target): [run.seed for run in g.runs] for g in results.groups}

@@ -9,7 +9,7 @@ from upop.report.figures import dense_levels, levels_text, spread, values
 from upop.report.paired import Stat, accuracy_at
 from upop.report.records import CONTINUED, DENSE, Group, Results, Run, removal, show
 from upop.report.references import CAVEATS, OWN, OWN_SETTING, PAPER, PUBLISHED, Published
-from upop.report.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name
+from upop.report.sections import NOTHING, Section, Table, baseline, percent, points, ratio_name, seconds
 
 SPLIT = {DENSE: "test", "search": "validation", "slim": "test", "retrain": "test"}
 STAGES = tuple(SPLIT)
@@ -147,9 +147,10 @@ def _per_seed(runs: tuple[Run, ...]) -> Table:
     for run in runs:
         pairs = [(run.accuracy(stage, "validation"), run.accuracy(stage)) for stage in STAGES]
         cells = [NOTHING if v is None else f"{v:.2f} / {NOTHING if t is None else f'{t:.2f}'}" for v, t in pairs]
-        minutes = (run.data.get("seconds") or {}).get("all")
+        whole, stages = seconds(run)
+        minutes = f"{whole / 60:.1f}" if whole and whole > stages - 0.1 else NOTHING
         said = "; ".join(map(str, run.data.get("warnings") or ())) or NOTHING
-        rows.append((run.label, str(run.seed), *cells, f"{minutes / 60:.1f}" if minutes else NOTHING, said))
+        rows.append((run.label, str(run.seed), *cells, minutes, said))
     return Table(columns, tuple(rows))
 
 

@@ -103,7 +103,10 @@ def overview(results: Results) -> Section:
             lambda run: f"{show(run.config.get('epochs_search'))} / {show(run.config.get('epochs_retrain'))}",
         ),
         "hardware": str(results.study.get("hardware") or _every(runs, lambda run: run.data["hardware"].get("device"))),
-        "wall-clock": str(results.study.get("wall_clock") or f"{_seconds(runs) / 3600:.2f} hours, runs added up"),
+        "wall-clock": str(
+            results.study.get("wall_clock")
+            or f"{sum(max(seconds(run)) for run in runs) / 3600:.2f} hours, runs added up"
+        ),
         "runs": f"{len(runs)} done, {states.count('failed')} failed, {len(states) - states.count('failed')} missing",
     }
     absent = tuple((label, state) for label, state in results.absent.items())
@@ -126,8 +129,10 @@ def _data(run: Run) -> str:
     return f"{data.get('name', run.config.get('data'))} ({images} images)" if images else str(run.config.get("data"))
 
 
-def _seconds(runs: Sequence[Run]) -> float:
-    return sum(float((run.data.get("seconds") or {}).get("all", 0.0)) for run in runs)
+def seconds(run: Run) -> tuple[float, float]:
+    """What a run took by its own account, and its stages together: more where older code had resumed it."""
+    parts = dict(run.data.get("seconds") or {})
+    return float(parts.pop("all", 0.0)), float(sum(parts.values()))
 
 
 def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
