@@ -210,6 +210,14 @@ def test_repeated_and_unlisted_results_are_left_out_aloud(tmp_path):
     )
 
 
+def test_of_two_runs_of_the_same_settings_the_one_with_more_stages_counts(tmp_path):
+    runs = {"a": fake.result(stages="search"), "b": fake.result(), "c": fake.result()}
+    del runs["a"]["accuracy"]["retrain"]
+    results = load_results(fake.write(tmp_path, runs))
+    assert [run.label for run in results.runs] == ["b"]
+    assert results.notes == tuple(f"{label}: repeats the settings and seed of b, left out" for label in "ac")
+
+
 def test_failed_and_missing_runs_are_counted_and_named(tmp_path):
     runs = {
         "good": {"differences": {}, "state": "done", "error": None},

@@ -312,12 +312,14 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
         keys.append("model")
     notes: list[str] = []
     found: dict[tuple[Any, ...], Run] = {}
-    for run in runs:
+    # Of repeats the one with most stages stands: a run of the search alone may lie beside the whole of it.
+    for run in sorted(runs, key=lambda run: -len(run.data["accuracy"])):
         variant = tuple((key, run.config.get(key)) for key in keys if _departs(run, key, runs, base))
         named = Run(run.label, run.data, variant)
         first = found.setdefault((named.method, named.target, named.variant, named.seed), named)
         if first is not named:
             notes.append(f"{run.label}: repeats the settings and seed of {first.label}, left out")
+    notes.sort()
     # How masks shrink is what makes the methods: no news.
     for key in (key for key in dict.fromkeys((*keys, *LENGTHS)) if key != "shrink"):
         usual = {
@@ -326,7 +328,7 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
         }
         if len({json.dumps(value) for value in usual.values()}) > 1:
             notes.append(f"{key} is not the same for all: " + ", ".join(f"{m} {show(v)}" for m, v in usual.items()))
-    return tuple(found.values()), notes
+    return tuple(sorted(found.values(), key=lambda run: run.label)), notes
 
 
 def _varies(runs: Sequence[Run], key: str) -> bool:
