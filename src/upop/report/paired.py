@@ -67,8 +67,8 @@ class Row:
 class Comparison:
     """All targets at which both sides have paired seeds, and the test over seeds.
 
-    The test takes the most targets for which at least `LEAST` seeds have both sides (the most seeds among equals):
-    each seed's differences are averaged over those targets, and the averages tested against 0.
+    The test takes the targets and seeds of `rectangle`: each seed's differences are averaged over those targets, and
+    the averages tested against 0.
     """
 
     rows: tuple[Row, ...]
@@ -123,7 +123,8 @@ def compare(runs: Iterable[Run], a: Side, b: Side, *, stage: str, at_least: floa
 def rectangle(cells: Collection[tuple[int, str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Targets and seeds such that every seed has every target, at least `LEAST` seeds if that can be had.
 
-    While too few seeds have all targets, the target with the fewest seeds is dropped, the highest among equals.
+    While too few seeds have all targets, the target with the fewest seeds is dropped, the highest among equals: not
+    always the most targets that could be had, but few steps however many there are.
     """
     targets = sorted({target for _, target in cells}, key=removal)
     seeds = sorted({seed for seed, _ in cells})
