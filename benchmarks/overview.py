@@ -142,7 +142,7 @@ def _how(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_peers(names: tuple[str, ...]) -> Iterator[tuple[Kind, float, float, str]]:
     for name in names:
-        for path in sorted((RESULTS / name).glob("*_s[0-9].json")):
+        for path in sorted((RESULTS / name).glob("*_s[0-9]*.json")):
             data = json.loads(path.read_text())
             spec = data["spec"]
             if data["status"] != "complete":  # a target that was not met

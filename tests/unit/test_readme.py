@@ -58,15 +58,30 @@ def test_readme_says_how_many_tests_there_are():
     assert said == there
 
 
-@pytest.mark.parametrize("start", ["again", "claims"])
-def test_the_numbers_of_all_tools_are_those_of_the_results(start):
+@pytest.fixture
+def overview(monkeypatch):
     spec = importlib.util.spec_from_file_location("overview", ROOT / "benchmarks/overview.py")
-    overview = importlib.util.module_from_spec(spec)
-    sys.modules["overview"] = overview  # dataclasses look there
-    spec.loader.exec_module(overview)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "overview", module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("start", ["again", "claims"])
+def test_the_numbers_of_all_tools_are_those_of_the_results(overview, start):
     page = ROOT / overview.STARTS[start].page
     _, _, rest = page.read_text().partition("<!-- numbers: begin -->\n")
     assert rest.partition("<!-- numbers: end -->")[0].strip() == overview.table(overview.STARTS[start])
+
+
+def test_seeds_of_two_digits_are_seeds_too(overview, monkeypatch, tmp_path):
+    (tmp_path / "peers").mkdir()
+    one = ROOT / "results/peers/taylor_params0.5_s0.json"
+    for name in ("taylor_params0.5_s0", "taylor_params0.5_s10", "choice_scratch"):
+        (tmp_path / f"peers/{name}.json").write_text(one.read_text())
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    (row,) = overview.rows_of(overview.Start("README.md", (), ("peers",))).values()
+    assert len(row.found[0.5]) == 2
 
 
 def test_the_checked_in_report_is_that_of_the_checked_in_results():
