@@ -137,6 +137,11 @@ def test_the_studies_that_come_along_can_be_read_and_say_what_they_are(path, tmp
     assert len(made.seeds) >= 3 or "One seed." in made.texts["about"]
 
 
+def test_the_documentation_names_every_study_that_comes_along():
+    table = (Path(__file__).parents[2] / "docs/studies.md").read_text().partition("| study | question |")[2]
+    assert not [path.stem for path in STUDIES if f"`{path.stem}`" not in table]
+
+
 def test_the_claims_study_covers_every_claim_and_experiment(tmp_path):
     made = load_study(find_study("claims"), tmp_path)
     configs = [run.config for run in made.runs]
