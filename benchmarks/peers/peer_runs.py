@@ -91,10 +91,15 @@ def choice_of(setting: str) -> Job:
     return Job(rate_setting(setting), CHOICE_RATIO, CHOICE_SEED)
 
 
+def how(setting: str) -> dict[str, Any] | None:
+    """What a setting does, where its name does not say all."""
+    if setting == UPOP_ONCE:
+        return ONE_SHOT
+    return dataclasses.asdict(peers.SETTINGS[setting]) if setting in peers.SETTINGS else None
+
+
 def spec(job: Job, options: Options) -> dict[str, Any]:
     """What must be equal for a result to be the result of this job, as JSON gives it back."""
-    how = dataclasses.asdict(peers.SETTINGS[job.setting]) if job.setting in peers.SETTINGS else None
-    how = ONE_SHOT if job.setting == UPOP_ONCE else how
     shared = dataclasses.asdict(options) | {"rates": list(options.rates)}
     # Folders are known by what is in them, wherever they lie.
     del shared["dense"]
@@ -105,7 +110,7 @@ def spec(job: Job, options: Options) -> dict[str, Any]:
     shared |= {"data": Path(options.data).name, "start": weights_hash(Path(options.dense))}
     if job.rate is not None:
         del shared["rates"]  # what it was chosen from is no part of the run
-    return {"schema": SCHEMA, **dataclasses.asdict(job), "how": how, **_recipe(options), **shared}
+    return {"schema": SCHEMA, **dataclasses.asdict(job), "how": how(job.setting), **_recipe(options), **shared}
 
 
 def _recipe(options: Options) -> dict[str, Any]:

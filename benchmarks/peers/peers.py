@@ -1,6 +1,6 @@
 """upop against Torch-Pruning: the same dense model, data, split, retraining and number of epochs; see README.md here.
 
-python benchmarks/peers/peers.py --jobs 2 --threads 1
+python benchmarks/peers/peers.py --jobs 2 --threads 1 --out runs/peers
 python benchmarks/peers/peers.py --report
 """
 
@@ -145,7 +145,10 @@ def _others(args: argparse.Namespace, options: Options) -> str | None:
     wanted = asdict(options) | {"data": Path(options.data).name}
     for path in sorted(args.out.glob("*_s[0-9]*.json")):
         spec = {"device": Options.device} | _load(args.out, path.stem).get("spec", {})
-        for key in ("data", "epochs", "optimizer", "subset", "threads", "device"):
+        setting = spec.get("setting")
+        # Of a setting that is not asked for, how it worked is nobody's business.
+        wanted["how"] = peer_runs.how(setting) if setting in args.settings else spec.get("how")
+        for key in ("data", "epochs", "optimizer", "subset", "threads", "device", "how"):
             if key in spec and spec[key] != wanted[key]:
                 return f"{path}: {key} {spec[key]} there, {wanted[key]} wanted; choose another --out"
     return None

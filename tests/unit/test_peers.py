@@ -167,5 +167,12 @@ def test_results_of_other_options_are_refused_not_overwritten(tmp_path):
     assert peers._others(wanted, six) is None, "another code, or rate, is no other comparison"
     message = peers._others(wanted, twenty)
     assert message == f"{tmp_path}/{job.label}.json: epochs 6.0 there, 20.0 wanted; choose another --out"
+    once = runs.Job("upop-one-shot", 0.8, 0, 1e-3)
+    effects_as_they_are = runs.spec(once, six) | {"how": {"rank_batches": 16, "rank_rounds": 4}}
+    peers._write(tmp_path, once.label, {"spec": effects_as_they_are, "code": "older"})
+    assert peers._others(wanted, six) is None, "a setting that is not asked for"
+    wanted.settings = ["taylor", "upop-one-shot"]
+    assert peers._others(wanted, six).startswith(f"{tmp_path}/{once.label}.json: how {{'rank_batches': 16, 'rank_r")
+    wanted.settings = ["taylor"]
     wanted.seeds = [1]
     assert peers._others(wanted, twenty) is not None, "one folder is one comparison, whichever runs are asked for"
