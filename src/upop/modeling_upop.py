@@ -97,6 +97,13 @@ def pruned_model(stock: Any) -> Any:
     """The class of models that are `stock`, with layers as wide as their config says."""
 
     def make(self: Any, config: Any, *inputs: Any, **keywords: Any) -> None:
+        held = next(iter(config.architectures or []), "")
+        if AUTO_CLASSES[stock.__name__] == TOWER and AUTO_CLASSES.get(held.removeprefix("Pruned")) == CLASSIFIER:
+            # Its tensors have other names, so that all of the tower would be random.
+            raise ValueError(
+                f"config.json: architectures: expected a bare tower's, got {held}: load that, with {CLASSIFIER}, and "
+                "take its base_model"
+            )
         stock.__init__(self, config, *inputs, **keywords)
         narrow_(self, config)
 

@@ -140,6 +140,13 @@ def test_a_dense_folder_comes_back_as_what_it_is(name, tmp_path):
     assert_same_bits(outputs(loaded), outputs(model))
 
 
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2-classifier", "beit-classifier"])
+def test_a_classifiers_folder_is_not_taken_for_that_of_a_tower(name, random_lanes, tmp_path):
+    upop.save_pretrained(slimmed(name, ("attn", "mlp"), random_lanes), tmp_path)
+    with pytest.raises(ValueError, match=r"expected a bare tower's, got Pruned\w+: load that, with .*Classification"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
 def test_all_families_of_hugging_face_are_listed():
     listed = {
         name for layout in ("VIT", "DINOV2", "CLIP", "BEIT") for name in getattr(upop.families.hf, layout).classes
