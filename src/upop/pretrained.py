@@ -4,7 +4,7 @@ What slimmed Hugging Face models are, and what their config says, is in `upop.mo
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,10 @@ from upop.vetting import MOST_CONFIG, check_finite, check_shapes, vet
 CODE = "modeling_upop.py"
 CLASSIFIERS = transformers.AutoModelForImageClassification
 # What a backbone brings or lacks that is of no matter to a classifier with a head of its own.
-NOT_OF_THE_BACKBONE = ("classifier", "pooler", "text_model", "text_projection", "visual_projection", "logit_")
+NOT_OF_THE_BACKBONE = (
+    *("classifier", "pooler", "mask_token", "decoder."),
+    *("text_model", "text_projection", "visual_projection", "logit_"),
+)
 
 
 # `AutoConfig`, and through it the Auto model classes and pipelines, know slimmed models from here on.
@@ -160,8 +163,8 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = _class_of(config) if towers else CLASSIFIERS
-        with torch.device("meta"):
-            check_shapes(kind.from_config(config) if kind is CLASSIFIERS else kind(config), promise)
+        made, arguments = _without_memory(getattr(kind, "from_config", kind), config, promise.names)
+        check_shapes(made, promise)
         model, info = kind.from_pretrained(
             folder,
             config=config,
@@ -169,6 +172,7 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
+            **arguments,
         )
     except ModelError:
         raise
@@ -192,6 +196,22 @@ def _class_of(config: Any) -> Any:
     if AUTO_CLASSES.get(name.removeprefix("Pruned"), CLASSIFIER) == CLASSIFIER:
         return CLASSIFIERS
     return getattr(modeling_upop if name.startswith("Pruned") else transformers, name)
+
+
+def _without_memory(kind: Any, config: Any, names: Collection[str]) -> tuple[nn.Module, dict[str, bool]]:
+    """The model that `kind` builds of `config`, on `meta`; and arguments that no config says, but `names` of tensors.
+
+    Those are a tower's, which its users choose: without a pooler, with a token for what is masked.
+    """
+    with torch.device("meta"):
+        made: nn.Module = kind(config)
+        own = made.state_dict().keys()
+        arguments = {}
+        if any(name.startswith("pooler.") for name in own) and not any("pooler." in name for name in names):
+            arguments["add_pooling_layer"] = False
+        if "embeddings.cls_token" in own and "embeddings.mask_token" in names - own:
+            arguments["use_mask_token"] = True
+        return kind(config, **arguments) if arguments else made, arguments
 
 
 def _first_line(error: Exception) -> str:

@@ -36,10 +36,10 @@ HEADS = ("classifier", "pooler", "head")
 
 @dataclass(frozen=True)
 class Promise:
-    """What the headers of a folder's weights say: tensors, and numbers in all of them."""
+    """What the headers of a folder's weights say: names of tensors, and numbers in all of them."""
 
     folder: Path
-    tensors: int
+    names: frozenset[str]
     numbers: int
 
 
@@ -63,7 +63,7 @@ def vet(folder: Path) -> Promise:
     name, times = Counter(name for name, _ in shapes).most_common(1)[0] if shapes else ("", 0)
     if times > 1:
         raise ModelError(f"{folder}: expected every tensor once, got {name} in {times} files; save the model again")
-    promise = Promise(folder, len(shapes), sum(numbers for _, numbers in shapes))
+    promise = Promise(folder, frozenset(name for name, _ in shapes), sum(numbers for _, numbers in shapes))
     _check_counts(config, promise, folder / "config.json")
     return promise
 
@@ -150,7 +150,7 @@ def _check_counts(config: Mapping[str, Any], promise: Promise, file: Path) -> No
     """Refuse what would make a loop or a list longer than the weights can account for."""
     for key, value in _values(config):
         if key in ("num_hidden_layers", "num_layers", "depth"):
-            most = min(promise.tensors, MOST_LAYERS)
+            most = min(len(promise.names), MOST_LAYERS)
         elif key in (*COUNTS, *WIDTHS):
             most = max(promise.numbers, 2**16)
         else:
@@ -158,7 +158,7 @@ def _check_counts(config: Mapping[str, Any], promise: Promise, file: Path) -> No
         for number in value if isinstance(value, list) else [value]:
             if number is not None and (not isinstance(number, int | float) or not 0 <= number <= most):
                 raise ModelError(
-                    f"{file}: {key}: expected a number that the weights can fill ({promise.tensors} tensors, "
+                    f"{file}: {key}: expected a number that the weights can fill ({len(promise.names)} tensors, "
                     f"{size(4 * promise.numbers)}), got {str(number)[:50]}; save the model again"
                 )
 

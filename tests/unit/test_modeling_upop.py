@@ -140,6 +140,26 @@ def test_a_dense_folder_comes_back_as_what_it_is(name, tmp_path):
     assert_same_bits(outputs(loaded), outputs(model))
 
 
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "slimmed"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit-tower", {"add_pooling_layer": False}),
+        ("vit-tower", {"use_mask_token": True}),
+        ("deit-tower", {"add_pooling_layer": False, "use_mask_token": True}),
+        ("beit", {"add_pooling_layer": False}),
+    ],
+)
+def test_a_tower_comes_back_with_the_parts_it_was_made_with(name, arguments, dense, random_lanes, tmp_path):
+    model = make_hf(name)
+    model = type(model)(model.config, **arguments).eval()
+    model = model if dense else upop.slim(model, random_lanes(find_structures(model)))
+    upop.save_pretrained(model, tmp_path)
+    loaded = upop.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert_same_bits(outputs(loaded), outputs(model))
+
+
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2-classifier", "beit-classifier"])
 def test_a_classifiers_folder_is_not_taken_for_that_of_a_tower(name, random_lanes, tmp_path):
     upop.save_pretrained(slimmed(name, ("attn", "mlp"), random_lanes), tmp_path)

@@ -110,6 +110,16 @@ def test_a_backbone_without_a_head_will_do_where_a_new_head_is_trained(make_mode
     assert model(pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 4)
 
 
+def test_a_model_trained_to_fill_in_what_is_masked_will_do_too(tmp_path):
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    whole = ViTForMaskedImageModeling(ViTConfig(**sizes, encoder_stride=8))
+    whole.save_pretrained(tmp_path)
+    body = load_model(str(tmp_path), new_head=True).model.vit.state_dict()
+    assert all(torch.equal(value, whole.vit.state_dict()[name]) for name, value in body.items())
+
+
 def test_the_image_half_of_a_two_tower_model_will_do_too(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
