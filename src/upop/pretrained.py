@@ -3,6 +3,7 @@
 What slimmed Hugging Face models are, and what their config says, is in `upop.modeling_upop`, which goes with them.
 """
 
+import copy
 import json
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from torch import nn
 
 from upop import modeling_upop, timmfolder
 from upop.errors import ModelError, said
-from upop.families import timm
+from upop.families import OTHERWISE, timm
 from upop.hub import fetch
 from upop.modeling_upop import AUTO_CLASSES, CLASSIFIER, MODELS, Layer, find_layers, pruned_model, tell_apart_
 from upop.reading import read_json
@@ -46,10 +47,12 @@ def save_pretrained(
     transformers runs it to load the folder, if told `trust_remote_code=True`. upop itself never does. `timm_args` are
     arguments of `timm.create_model` that the model does not show; that some are missing is said.
 
-    Raises ModelError for a model that cannot save itself so, or where `folder` cannot be written.
+    Raises ModelError for a model that cannot save itself so or would come back as another, or where `folder` cannot be
+    written.
     """
-    save = getattr(model, "save_pretrained", None)
-    if not callable(save):
+    if callable(getattr(model, "save_pretrained", None)):
+        save = _loadable(model).save_pretrained
+    else:
         if not timm.matches(model):
             raise ModelError(
                 f"{type(model).__name__}: expected a Hugging Face model (with save_pretrained) or one of timm, to "
@@ -73,6 +76,52 @@ def _leave_out_code(folder: Path) -> None:
     config.pop("auto_map", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / CODE).unlink(missing_ok=True)
+
+
+def _loadable(model: nn.Module) -> Any:
+    """`model`, or a slimmed model's backbone as a slimmed model of its own: what comes back from a folder as it is.
+
+    Raises ModelError where another model would come back, or none at all.
+    """
+    stock: Any = model
+    base = next((c for c in type(model).__mro__ if c.__name__ in AUTO_CLASSES), None)
+    adapted = getattr(model, "hf_quantizer", None) or getattr(model, "_hf_peft_config_loaded", False)
+    if adapted or (base is None and not any(_is_pruned(module) for module in model.modules())):
+        return model
+    kind = type(model)
+    if base and not _is_pruned(model) and (_is_pruned(stock.config) or _difference(model, kind)):
+        # Only the model around it was told of its widths.
+        stock = copy.copy(model)
+        stock.config = copy.deepcopy(stock.config)
+        adopt_(stock)
+    if base and _is_pruned(stock):
+        kind = pruned_model(base)
+        above = type(stock).__mro__[: type(stock).__mro__.index(base)]
+        if own := next((c.__name__ for c in above if "forward" in vars(c)), None):
+            raise ModelError(
+                f"{own}: expected the forward of {base.__name__}, which a folder brings back, got one of its own; "
+                f"{OTHERWISE}"
+            )
+    if difference := _difference(stock, kind):
+        raise ModelError(
+            f"{type(model).__name__}: a folder would bring back another model: {difference}; say so in its config "
+            f"(num_labels), save its slimmed part alone, or {OTHERWISE}"
+        )
+    return stock
+
+
+def _is_pruned(part: object) -> bool:
+    return type(part).__module__ == modeling_upop.__name__
+
+
+def _difference(model: Any, kind: Any) -> str:
+    """What a `kind` made of the model's config would not share with it; empty where nothing."""
+    try:
+        made, _ = _without_memory(kind, copy.deepcopy(model.config), model.state_dict().keys())
+    except Exception as error:
+        # Classes of a user's own may want more than a config.
+        return _first_line(error) if kind.__module__ == modeling_upop.__name__ else ""
+    return timmfolder.other_tensor(made, model, "its config")
 
 
 def adopt_(model: nn.Module) -> None:

@@ -121,13 +121,20 @@ def _first(s: Structure, found: Mapping[str, Sequence[int]]) -> torch.Tensor:
     return stays
 
 
-def _difference(again: nn.Module, model: nn.Module) -> str:
-    """What the model that a folder makes would not share with the one that is saved; empty where nothing."""
+def other_tensor(again: nn.Module, model: nn.Module, maker: str) -> str:
+    """The first tensor that `again`, which `maker` makes, lacks, or has in another shape or alone; empty: none."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in again.state_dict().items()}
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
-            return f"{name}: expected {wanted.get(name)}, timm makes {found.get(name)}"
+            return f"{name}: expected {wanted.get(name)}, {maker} makes {found.get(name)}"
+    return ""
+
+
+def _difference(again: nn.Module, model: nn.Module) -> str:
+    """What the model that a folder makes would not share with the one that is saved; empty where nothing."""
+    if tensor := other_tensor(again, model, "timm"):
+        return tensor
     modules = dict(again.named_modules())
     for path, module in model.named_modules():
         other = modules.get(path)

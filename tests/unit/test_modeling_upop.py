@@ -160,6 +160,21 @@ def test_a_tower_comes_back_with_the_parts_it_was_made_with(name, arguments, den
     assert_same_bits(outputs(loaded), outputs(model))
 
 
+@pytest.mark.parametrize("kinds", [("attn", "mlp"), ("qk", "v", "block")], ids=",".join)
+@pytest.mark.parametrize(
+    "name", [name for name in HF if name in ("vit", "deit", "clip-projection") or "classifier" in name]
+)
+def test_the_backbone_of_a_slimmed_model_is_saved_as_a_model_of_its_own(name, kinds, random_lanes, tmp_path):
+    small = slimmed(name, kinds, random_lanes)
+    said = small.config.to_dict()
+    backbone = getattr(small, "vision_model", small.base_model)
+    upop.save_pretrained(backbone, tmp_path)
+    loaded = upop.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == f"Pruned{type(backbone).__name__}"
+    assert_same_bits(outputs(loaded), outputs(backbone))
+    assert small.config.to_dict() == said, "the model around it is as it was"
+
+
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2-classifier", "beit-classifier"])
 def test_a_classifiers_folder_is_not_taken_for_that_of_a_tower(name, random_lanes, tmp_path):
     upop.save_pretrained(slimmed(name, ("attn", "mlp"), random_lanes), tmp_path)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -282,6 +283,58 @@ def test_code_in_a_folder_is_never_run(folders, tmp_path):
 def test_a_model_that_cannot_save_itself_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"^Sequential: expected a Hugging Face model"):
         upop.save_pretrained(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+
+
+class Doubled(transformers.ViTForImageClassification):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).logits * 2
+
+
+class Larger(transformers.ViTForImageClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.more = nn.Linear(3, 3)
+
+
+def slimmed(model, head=None):
+    if head is not None:
+        model.classifier = head
+    return upop.slim(model, {s.name: torch.arange(s.units) < s.units // 2 for s in find_structures(model)})
+
+
+def outer_model(config):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+    text = sizes | {"vocab_size": 50}
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(vision_config=sizes | {"image_size": 32, "patch_size": 8}, text_config=text)
+    )
+    model.vision_model = slimmed(model.vision_model)
+    return model
+
+
+NOT_WHAT_COMES_BACK = {
+    "an outer model": (outer_model, r"^CLIPModel: a folder would .* another model: vision_model\..*save its slimmed"),
+    "a forward of its own": (lambda config: slimmed(Doubled(config)), "^Doubled: expected the forward of ViTForIm"),
+    "more layers": (lambda config: slimmed(Larger(config)), r"more\.weight: expected \(3, 3\), its config makes None"),
+    "another head": (
+        lambda config: slimmed(transformers.ViTForImageClassification(config), nn.Sequential(nn.Linear(64, 2))),
+        r"classifier\.0\.weight: expected \(2, 64\), its config makes None",
+    ),
+    "more labels": (
+        lambda config: slimmed(transformers.ViTForImageClassification(config), nn.Linear(64, 10)),
+        r"classifier\.weight: expected \(10, 64\), its config makes \(2, 64\); say so in its config \(num_labels\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_WHAT_COMES_BACK)
+def test_a_model_that_would_come_back_as_another_is_refused_before_anything_is_written(make_model, tmp_path, what):
+    make, message = NOT_WHAT_COMES_BACK[what]
+    model = make(make_model(labels=2).config)
+    with pytest.raises(ModelError, match=message) as refused:
+        upop.save_pretrained(model, tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_saving_over_a_file_is_refused_by_name(folders, tmp_path):
