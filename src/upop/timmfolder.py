@@ -5,6 +5,7 @@ config.json is timm's own (`architecture`, `model_args`), with the widths under 
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -138,9 +139,18 @@ def _difference(again: nn.Module, model: nn.Module) -> str:
     modules = dict(again.named_modules())
     for path, module in model.named_modules():
         other = modules.get(path)
-        if type(other) is not type(module) or _plain(other) != _plain(module):
+        if type(other) is not type(module) or not _are_alike(_plain(other), _plain(module)):
             return f"{path or 'the model'}: expected {_plain(module)}, timm makes {_plain(other)}"
     return ""
+
+
+def _are_alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether settings are the same; fractions that follow a width were rounded each time that it was cut."""
+    return found.keys() == wanted.keys() and all(
+        found[key] == value
+        or (isinstance(value, float) and isinstance(found[key], float) and math.isclose(found[key], value))
+        for key, value in wanted.items()
+    )
 
 
 def _plain(module: nn.Module | None) -> dict[str, Any]:

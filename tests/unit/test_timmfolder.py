@@ -211,6 +211,17 @@ def test_weights_come_back_in_the_format_they_had(small, tmp_path, dtype):
         assert torch.equal(loaded(IMAGES.to(dtype)), model(IMAGES.to(dtype)))
 
 
+def test_a_model_whose_scale_was_rounded_twice_is_saved(timm, tmp_path):
+    def cut(model, width):
+        return upop.slim(model, {s.name: torch.arange(s.units) < width for s in find_structures(model, ("attn",))})
+
+    model = timm.create_model("vit_small")
+    once, twice = cut(model, 1), cut(cut(model, 30), 1)
+    assert once.blocks[0].attn.scale != twice.blocks[0].attn.scale, "the test must not pass by equal scales"
+    upop.save_pretrained(twice, tmp_path)
+    assert_same_bits(upop.from_pretrained(tmp_path), twice)
+
+
 def test_a_model_laid_out_otherwise_is_refused_in_a_line(small, tmp_path):
     model = small()
     del model.patch_embed.img_size
