@@ -237,8 +237,17 @@ def _apart(attention: Any) -> Any:
     return type(f"Apart{attention.__name__}", (ApartMixin, attention), {"__module__": __name__})
 
 
+def _new_apart(attention: Any) -> Any:
+    kind = _apart(attention)
+    return kind.__new__(kind)
+
+
 class ApartMixin:
     """An attention whose values have another head dim than its queries; transformers' own views all three alike."""
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        """No name leads pickle to a class that `_apart` makes; what it is made of has one."""
+        return _new_apart, (type(self).__mro__[2],), vars(self)
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

@@ -1,6 +1,8 @@
 """Promises of upop.kinds and upop.costs: every kind is exact when slimmed, costs what it says, and survives saving."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -119,6 +121,14 @@ def test_values_of_another_width_than_queries_are_exact_in_both_kernels(
     torch.testing.assert_close(
         logits_of(small, x), masked_logits(model, structures, keep, x, logits_of), atol=1e-5, rtol=0
     )
+
+
+def test_a_split_model_can_be_pickled_and_copied(make_model, images, logits_of, random_lanes):
+    small = upop.slim(model := make_model(), random_lanes(find_structures(model, ("qk", "v"))))
+    for again in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small)):
+        assert type(again.vit.layers[0].attention) is type(small.vit.layers[0].attention)
+        assert again.vit.layers[0].attention.q_proj is not small.vit.layers[0].attention.q_proj
+        assert torch.equal(logits_of(again, images(2)), logits_of(small, images(2)))
 
 
 def test_a_split_model_is_pruned_again_by_the_default_kinds(make_model, images, logits_of, random_lanes):
