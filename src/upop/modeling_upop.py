@@ -258,7 +258,8 @@ class ApartMixin:
             projection(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        eager = next(vars(sys.modules[c.__module__]).get("eager_attention_forward") for c in type(self).__mro__[2:])
+        modules = (vars(sys.modules[c.__module__]) for c in type(self).__mro__[2:])
+        eager = next(names["eager_attention_forward"] for names in modules if "eager_attention_forward" in names)
         attend = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager
         )

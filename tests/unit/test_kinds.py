@@ -123,6 +123,18 @@ def test_values_of_another_width_than_queries_are_exact_in_both_kernels(
     )
 
 
+def test_a_split_attention_of_a_users_own_class_has_transformers_eager_kernel(make_model, images, logits_of):
+    from transformers.models.vit.modeling_vit import ViTAttention
+
+    model = make_model(attention="eager")
+    for layer in model.vit.layers:
+        layer.attention.__class__ = type("Mine", (ViTAttention,), {"__module__": __name__})
+    structures = find_structures(model, ("qk", "v"))
+    keep = {s.name: torch.arange(s.units) % s.width < (9 if s.kind == "v" else 5) for s in structures}
+    expected = masked_logits(model, structures, keep, images(2), logits_of)
+    torch.testing.assert_close(logits_of(upop.slim(model, keep), images(2)), expected, atol=1e-5, rtol=0)
+
+
 def test_a_split_model_can_be_pickled_and_copied(make_model, images, logits_of, random_lanes):
     small = upop.slim(model := make_model(), random_lanes(find_structures(model, ("qk", "v"))))
     for again in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small)):
