@@ -45,6 +45,7 @@ def refine(model: nn.Module, structures: Sequence[Structure], kinds: Sequence[st
         elif s.kind in ("qk", "v"):
             result += [s] if {s.kind, "attn", "dims"} & set(kinds) else []
             if s.kind == "v" and "head" in kinds:
+                _check_allowed(s, "head")
                 result.append(_heads(model, structures[number - 1], s))
         elif s.kind in kinds:
             result.append(s)
@@ -63,11 +64,7 @@ def _attention(model: nn.Module, s: Structure, kinds: Sequence[str]) -> list[Str
         # Named beside them, qk and v are those of other layers, which were taken apart before.
         wanted = [kind for kind in wanted if kind not in ("qk", "v")]
     for kind in wanted:
-        if kind != "attn" and kind not in s.allows:
-            raise ModelError(
-                f"structures: kind {kind!r}: {s.producers[0].path}: this model's attention does not allow it, only "
-                f"{', '.join(('attn', *s.allows))}"
-            )
+        _check_allowed(s, kind)
     make = {
         "attn": lambda: s,
         "dims": lambda: _own_dims(model, s, "dims", s.producers, s.consumers),
@@ -76,6 +73,15 @@ def _attention(model: nn.Module, s: Structure, kinds: Sequence[str]) -> list[Str
         "head": lambda: _heads(model, s),
     }
     return [make[kind]() for kind in wanted]
+
+
+def _check_allowed(s: Structure, kind: str) -> None:
+    allowed = dict.fromkeys((s.kind, *s.allows))
+    if kind not in allowed:
+        raise ModelError(
+            f"structures: kind {kind!r}: {s.producers[0].path}: this model's attention does not allow it, only "
+            f"{', '.join(allowed)}"
+        )
 
 
 def _own_dims(

@@ -70,6 +70,14 @@ def test_heads_with_position_biases_of_their_own_stay():
         find_structures(make_hf("beit"), ("head", "mlp"))
 
 
+def test_heads_with_position_biases_of_their_own_stay_in_layers_that_were_taken_apart():
+    model = make_hf("beit")
+    keep = {s.name: torch.arange(s.units) % s.width < s.layer + 5 for s in find_structures(model, ("qk", "v"))}
+    small = upop.slim(model, keep | {"v.0": torch.arange(64) % 32 < 9})
+    with pytest.raises(ModelError, match=r"kind 'head': layers\.0\..*v_proj: this .* does not allow it, only v, dims"):
+        find_structures(small, ("head", "qk", "v"))
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_finer_units_of_timms_layout_are_exact(name):
     model = make_stand_in(dtype=torch.float64, **TIMM[name])

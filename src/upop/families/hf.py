@@ -58,7 +58,7 @@ class Layout:
         hidden = (gated_mlp if gated else mlp)(model, layer, f"{path}.mlp", block=path)
         where = f"{path}.{self.attention}"
         if is_split(part(model, where)):
-            return *split_attention(model, layer, where, out=self.out, block=path), hidden
+            return *split_attention(model, layer, where, out=self.out, block=path, allows=self.allows), hidden
         return (
             attention(model, layer, where, out=self.out, scale=self.scale, block=path, allows=self.allows),
             hidden,

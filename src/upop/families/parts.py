@@ -73,8 +73,12 @@ def split_attention(
     out: str = "o_proj",
     head_dim: str = "head_dim",
     block: str = "",
+    allows: tuple[str, ...] = (),
 ) -> tuple[Structure, Structure]:
-    """`qk.<layer>` and `v.<layer>`: the head dims of an attention whose values are not as wide as its queries."""
+    """`qk.<layer>` and `v.<layer>`: the head dims of an attention whose values are not as wide as its queries.
+
+    `allows` may name `head`, as in `attention`.
+    """
     heads = _linear(model, f"{path}.{q}").out_features // int(number(model, path, head_dim))
 
     def structure(kind: str, producers: list[str], consumers: list[str], attributes: list[Attribute]) -> Structure:
@@ -90,6 +94,7 @@ def split_attention(
             attributes=attributes,
             lanes=heads,
             block=block,
+            allows=allows,
         )
 
     return structure("qk", [q, k], [], [Attribute(path, head_dim)]), structure("v", [v], [out], [])
