@@ -114,6 +114,13 @@ def _shorter_side(values: Mapping[str, Any], size: int) -> int | None:
     return shorter if isinstance(shorter, int) and shorter >= size else None
 
 
+def _side(values: Mapping[str, Any]) -> int | None:
+    """The side of the square that a processor makes of an image; None if it is mute."""
+    found = values.get("crop_size" if values.get("do_center_crop") else "size")
+    found = found.get("height", found.get("shortest_edge")) if isinstance(found, dict) else found
+    return found if isinstance(found, int) else None
+
+
 def _shape(name: str) -> Shape | None:
     """The built-in shape called `name`, with the changes that follow it; None where that is no such name."""
     found = _VARIED.fullmatch(name)
@@ -220,6 +227,8 @@ def _image_settings(
         raise ModelError(f"{name}/{PROCESSOR}: expected a rescale_factor > 0, got {factor!r}")
     if values.get("do_normalize", True) is False:
         mean, std, notes = (0.0,) * 3, (1.0,) * 3, ()
+    if (crop := _side(values)) is not None and crop < size:
+        notes += (f"{name}: its {PROCESSOR} makes images of {crop} pixels, its config.json says {size}: taken to be {size}",)
     one = 255 * factor
     return size, tuple(x / one for x in mean), tuple(x / one for x in std), notes
 

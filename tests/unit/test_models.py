@@ -230,3 +230,21 @@ def test_images_are_scaled_as_the_folders_processor_scales_them(make_model, tmp_
     assert loaded.mean == pytest.approx((mean,) * 3)
     assert loaded.std == pytest.approx((std,) * 3)
     assert loaded.notes == ()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True},
+        {"size": {"height": 24, "width": 24}},
+    ],
+    ids=["cut", "squashed"],
+)
+def test_a_processor_of_smaller_images_than_the_config_names_is_said_aloud(make_model, tmp_path, said):
+    make_model().save_pretrained(tmp_path)
+    usual = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(usual | said))
+    loaded = load_model(str(tmp_path))
+    assert loaded.image_size == 32
+    (note,) = loaded.notes
+    assert "preprocessor_config.json makes images of 24 pixels, its config.json says 32: taken to be 32" in note
