@@ -162,7 +162,8 @@ def fit_head_(
     Raises ModelError where the head does not fit and may not be replaced.
     """
     stock: Any = model
-    heads = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear)]
+    # Where there are no labels, transformers puts an Identity.
+    heads = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Linear | nn.Identity)]
     labels = [str(stock.config.id2label.get(index)) for index in range(int(stock.config.num_labels))]
     own, wanted = [_plain(label) for label in labels], [_plain(label) for label in classes]
     same = sorted(own) == sorted(wanted) and len(set(own)) == len(own)
@@ -176,16 +177,19 @@ def fit_head_(
             f"({', '.join(classes[:3])}, ...); use the data it was trained for, or "
             "fine-tune first (stage dense), which replaces the head"
         )
-    if len(labels) != len(classes):
-        generator = torch.Generator().manual_seed(seed)
-        for head in heads:
-            new = nn.Linear(getattr(model, head).in_features, len(classes))
-            nn.init.trunc_normal_(new.weight, std=0.02, generator=generator)
-            nn.init.zeros_(new.bias)
-            setattr(model, head, new)
     stock.config.id2label = dict(enumerate(classes))
     stock.config.label2id = {label: index for index, label in enumerate(classes)}
     stock.num_labels = len(classes)
+    if len(labels) != len(classes):
+        stock.config.problem_type = None  # the old head's
+        generator = torch.Generator().manual_seed(seed)
+        with torch.device("meta"):
+            made = type(stock)(stock.config)
+        for head in heads:
+            new = nn.Linear(getattr(made, head).in_features, len(classes))
+            nn.init.trunc_normal_(new.weight, std=0.02, generator=generator)
+            nn.init.zeros_(new.bias)
+            setattr(model, head, new)
     if same or replace:
         return ()
     return (
@@ -228,7 +232,9 @@ def _image_settings(
     if values.get("do_normalize", True) is False:
         mean, std, notes = (0.0,) * 3, (1.0,) * 3, ()
     if (crop := _side(values)) is not None and crop < size:
-        notes += (f"{name}: its {PROCESSOR} makes images of {crop} pixels, its config.json says {size}: taken to be {size}",)
+        notes += (
+            f"{name}: its {PROCESSOR} makes images of {crop} pixels, its config.json says {size}: taken to be {size}",
+        )
     one = 255 * factor
     return size, tuple(x / one for x in mean), tuple(x / one for x in std), notes
 

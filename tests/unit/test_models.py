@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+import upop
 from upop.config import make_config
 from upop.data import Batches, load_data
 from upop.errors import ModelError
@@ -81,6 +82,24 @@ def test_a_head_of_another_size_is_refused_or_replaced(make_model):
     model = make_model("teacher")
     fit_head_(model, tuple("abcd"), name="mine", replace=True)
     assert model(pixel_values=torch.randn(2, 3, 32, 32)).logits.shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["vit", "teacher"])
+def test_a_model_without_labels_gets_a_head(make_model, images, logits_of, tmp_path, name):
+    model = make_model(name, labels=0)
+    fit_head_(model, tuple("abcd"), name="mine", replace=True)
+    upop.save_pretrained(model, tmp_path)
+    loaded = upop.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded, images()), logits_of(model, images()))
+    assert logits_of(loaded, images()).shape == (4, 4)
+
+
+def test_a_fresh_head_does_not_answer_the_old_ones_problem(make_model):
+    model = make_model(problem_type="multi_label_classification")
+    fit_head_(model, tuple(model.config.id2label.values()), name="mine", replace=True)
+    assert model.config.problem_type == "multi_label_classification"
+    fit_head_(model, tuple("abcd"), name="mine", replace=True)
+    assert model.config.problem_type is None
 
 
 def test_image_statistics_that_nobody_states_are_assumed_aloud(make_model, tmp_path):
