@@ -218,10 +218,15 @@ def _size(model: nn.Module) -> int:
 
 def _random_keep(structures: Sequence[Structure], share: float, generator: torch.Generator) -> dict[str, Tensor]:
     """About `share` of each structure's units, one count a structure; never fewer than the floor."""
-    keep = {}
+    keep: dict[str, Tensor] = {}
+    mixed = {"attn", "dims"} & {s.kind for s in structures}
     for layer, s in enumerate(structures):
         # Uneven over layers, so that sizes that are mixed up do not fit.
         stays = min(s.width, max(s.floor, round(share * s.width) - layer % 3))
+        queries = keep.get(f"qk.{s.layer}") if s.kind == "v" and mixed else None
+        if queries is not None and int(queries.sum()) == s.lanes * stays:
+            # As wide as its queries, the layer would be whole again, of another kind than its units.
+            stays += 1 if stays < s.width else -1
         lanes = [torch.randperm(s.width, generator=generator) < stays for _ in range(s.lanes)]
         # The first block stays.
         keep[s.name] = torch.tensor([s.layer == 0 or share > 0.5]) if s.drops else torch.cat(lanes)

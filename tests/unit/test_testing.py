@@ -10,7 +10,7 @@ from torch import nn
 
 import upop
 from upop.errors import ModelError, UpopError
-from upop.families import FAMILIES, Family, register_family
+from upop.families import FAMILIES, Family, find_structures, register_family
 from upop.structures import Attribute, Port
 from upop.testing import check_family
 
@@ -158,6 +158,15 @@ def test_images_of_the_right_size_are_made_where_the_model_states_it():
         UpopError, match=r"^StandIn: images: expected a tensor, got None, and the model states no size"
     ):
         check_family(model)
+
+
+@pytest.mark.parametrize("kinds", [None, ("dims", "mlp")], ids=str)
+def test_layers_that_were_taken_apart_may_stand_beside_whole_ones(kinds):
+    model = make_hf("vit")
+    keep = {s.name: torch.arange(s.units) >= 0 for s in find_structures(model, ("qk", "v"))}
+    small = upop.slim(model, keep | {"v.1": torch.arange(64) % 32 < 20})
+    assert {s.kind for s in find_structures(small)} == {"attn", "qk", "v", "mlp"}
+    check_family(small, kinds=kinds)
 
 
 def test_outputs_and_tolerance_can_be_chosen():
