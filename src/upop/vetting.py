@@ -19,6 +19,7 @@ from upop.reading import check_file, read_json, size
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_CONFIG = 16 * 2**20  # bytes; a name for each of 100,000 classes is 5 MB
 MOST_LAYERS = 10_000
+FEW_LAYERS = 64  # that cost nothing, and a text tower that is not there may name
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 # Of numbers that transformers builds something from before weights are read, or makes a list of that length.
 COUNTS = ("num_hidden_layers", "num_layers", "num_labels", "depth", "num_attention_heads", "num_register_tokens")
@@ -150,7 +151,7 @@ def _check_counts(config: Mapping[str, Any], promise: Promise, file: Path) -> No
     """Refuse what would make a loop or a list longer than the weights can account for."""
     for key, value in _values(config):
         if key in ("num_hidden_layers", "num_layers", "depth"):
-            most = min(len(promise.names), MOST_LAYERS)
+            most = min(max(len(promise.names), FEW_LAYERS), MOST_LAYERS)
         elif key in (*COUNTS, *WIDTHS):
             most = max(promise.numbers, 2**16)
         else:

@@ -122,8 +122,9 @@ def test_a_backbones_config_forgets_the_stages_that_went(random_lanes, tmp_path)
     assert upop.from_pretrained(tmp_path).config.out_features == ["stage1"]
 
 
-def test_a_model_without_any_block_left_travels(random_lanes, tmp_path):
-    model = random_model("vit")
+@pytest.mark.parametrize("name", ["vit", "clip-classifier"])
+def test_a_model_without_any_block_left_travels(name, random_lanes, tmp_path):
+    model = random_model(name)
     small = upop.slim(model, {s.name: torch.tensor([False]) for s in find_structures(model, ("block",))})
     upop.save_pretrained(small, tmp_path)
     assert upop.from_pretrained(tmp_path).config.attn_widths == []
