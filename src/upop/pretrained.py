@@ -144,6 +144,8 @@ def adopt_(model: nn.Module) -> None:
     config.__class__ = pruned.config_class
     config.architectures = [pruned.__name__]
     stock.__class__ = pruned
+    # By now the model code is imported.
+    modeling_upop._register_models(pruned.config_class.__base__)
 
 
 def _widths(layers: list[Layer], dense_heads: int) -> dict[str, list[int] | None]:

@@ -183,6 +183,15 @@ def test_a_classifiers_folder_is_not_taken_for_that_of_a_tower(name, random_lane
         transformers.AutoModel.from_pretrained(tmp_path)
 
 
+def test_the_auto_classes_know_a_slimmed_model_that_was_never_saved(random_lanes, monkeypatch):
+    # As in a process that has not built a config of slimmed models yet.
+    auto = transformers.AutoModelForImageClassification
+    monkeypatch.setattr(auto._model_mapping, "_extra_content", {})
+    monkeypatch.setattr(modeling_upop, "_register_models", modeling_upop._register_models.__wrapped__)
+    small = slimmed("vit", ("attn", "mlp"), random_lanes)
+    assert type(auto.from_config(small.config)) is type(small)
+
+
 def test_all_families_of_hugging_face_are_listed():
     listed = {
         name for layout in ("VIT", "DINOV2", "CLIP", "BEIT") for name in getattr(upop.families.hf, layout).classes
