@@ -206,8 +206,8 @@ def test_the_model_stays_as_it_was(tmp_path):
     [
         ("fp32", lambda x: x + 1e-3 * x.abs().max(), r"fp32 logits differ from PyTorch's by .*; nothing was written"),
         ("fp32", lambda x: x * float("nan"), "fp32 logits differ from PyTorch's by nan"),
-        ("bf16", lambda x: x.flip(-1), r"bf16 logits keep the most likely class of .* %; nothing was written; use"),
-        ("bf16", lambda x: x + float("inf"), "bf16 logits keep the most likely class"),
+        ("bf16", lambda x: x.flip(-1), r"bf16 logits give PyTorch's answer for .* %; nothing was written; use"),
+        ("bf16", lambda x: x + float("inf"), "bf16 logits give PyTorch's answer for"),
         ("fp32", lambda x: x[:, :1], r"gives \[20, 1\] logits, expected \[20, 2\]"),
     ],
 )
@@ -220,6 +220,17 @@ def test_a_file_that_fails_its_check_does_not_stay(tmp_path, monkeypatch, varian
         export(plain(nn.Identity()), tmp_path / "a" / "out", format="torch", variant=variant, images=pixels)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_model_with_one_logit_the_value_counts():
+    from upop.export import _compare
+
+    model = plain(lambda x: x[:, :1]).model
+    pixels = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    agreements = [_compare(model, lambda x, by=by: by * model(x), pixels)[3] for by in (1, 1.05, -1, float("nan"))]
+    assert agreements[:2] == [1, 1]
+    assert agreements[2] < 0.5
+    assert agreements[3] == 0
 
 
 def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
