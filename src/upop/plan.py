@@ -87,12 +87,16 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be the same run."""
-        return {
-            "configuration": json.loads(json.dumps(given_values(self.given))),
-            "code": code_version(),
-            "data": self.data.fingerprint,
-            "start": weights_hash(Path(self.given.model)),
-        }
+        return identity(self.given) | {"data": self.data.fingerprint}
+
+
+def identity(config: PruneConfig) -> dict[str, Any]:
+    """What must be the same for a run to be the same run, but its data, which are not read for this."""
+    return {
+        "configuration": json.loads(json.dumps(given_values(config))),
+        "code": code_version(),
+        "start": weights_hash(Path(config.model)),
+    }
 
 
 def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, observer: Observer | None = None) -> Plan:

@@ -16,7 +16,7 @@ from upop.folder import RunFolder, is_main_process, own_command
 from upop.latency import LatencyTable
 from upop.lock import refuse_if_held
 from upop.observer import Nobody, Observer
-from upop.plan import Plan, cpu_threads, device_type, make_accelerator, make_plan
+from upop.plan import Plan, cpu_threads, device_type, identity, make_accelerator, make_plan
 from upop.reading import read_json, taking_over
 from upop.session import CHECKPOINTS, Session
 from upop.stages import SCHEMA, Result, Stages
@@ -102,7 +102,9 @@ def _advice(folder: RunFolder) -> str:
 
 def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_on: bool, overwrite: bool) -> Result:
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
-    plan = make_plan(config, latency=_table(state), observer=observer)
+    # Another run, which is begun anew, needs a table of its own.
+    own = state is not None and all(state.get(key) == value for key, value in identity(config).items())
+    plan = make_plan(config, latency=_table(state) if own else None, observer=observer)
     if go_on and (result := _result(Path(config.out))) is not None:
         same = {key: value for key, value in plan.identity().items() if key != "configuration"}
         if (other := made_with_another(result, config, **same)) is None:

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from upop import checkpoint, losses, session, stages, train
+from upop import checkpoint, losses, plan, session, stages, train
 from upop.config import make_config
 from upop.errors import StopError, UpopError
+from upop.families import find_structures
 from upop.folder import weights_hash
+from upop.latency import LatencyTable
 from upop.run import prune, resume
 from upop.session import Session
 
@@ -259,6 +261,40 @@ def test_go_on_starts_over_what_was_stopped_before_it_had_anything(tmp_path):
     with pytest.raises(UpopError, match="holds a run with another configuration, stopped before its first checkpoint"):
         prune(config.model_copy(update={"seed": 7}), go_on=True)
     assert prune(config, go_on=True)["status"] == "complete"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The latency tables that were measured, on a machine that measures in no time."""
+    made = []
+
+    def measure(model, *, batch, image_size, structures, dtype, **_):
+        found = find_structures(model, structures)
+        points = {s.kind: ((0.5, 8.0),) for s in found}
+        made.append(
+            LatencyTable(
+                10.0, points, {s.name: s.width for s in found}, batch=batch, image_size=image_size, dtype=dtype
+            )
+        )
+        return made[-1]
+
+    monkeypatch.setattr(plan, "measure_latency_table", measure)
+    return made
+
+
+IN_TIME = {**OPTIONS, "stages": "search", "epochs_search": 0, "subset": 128, "rank_rounds": 1, "target": "latency=0.2"}
+
+
+@pytest.mark.parametrize("changed", [{"latency_batch": 2}, {"structures": "attn,mlp,block"}], ids=str)
+def test_a_run_that_starts_over_with_another_target_in_time_measures_its_own_table(tmp_path, tables, changed):
+    config = {**IN_TIME, "out": str(tmp_path / "run")}
+    with pytest.raises(MemoryError):
+        prune(make_config(config), observer=Breaks("evaluate", 0))
+    with pytest.raises(UpopError, match="holds a run with another configuration that was stopped"):
+        prune(make_config({**config, **changed}), go_on=True)
+    result = prune(make_config({**config, **changed}), go_on=True, overwrite=True)
+    assert result["latency_target"]["table"] == tables[-1].to_dict()
+    assert len(tables) == 3
 
 
 def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):
