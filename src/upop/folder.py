@@ -4,6 +4,7 @@ Knows files, not models or stages.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -38,6 +39,9 @@ FILES = (*RUN_FILES, "search.html", "report.html", "report.md")  # and what othe
 MODELS = ("dense", "slim", "model")  # of stages that are over
 FOLDERS = (*MODELS, "last-good", "checkpoints")
 TRACKED = "upop"  # what some trackers write: theirs to clear, since they begin before the folder is claimed
+
+# What file systems say that open no folder as a file, or cannot bring one onto the disk; a full one says otherwise.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
 def is_main_process() -> bool:
@@ -173,11 +177,14 @@ class RunFolder:
                 try:
                     temporary.mkdir()
                     fill(temporary)
+                    for path in (*temporary.rglob("*"), temporary):
+                        sync(path)
                     # Aside first: what ends this between the two renames must not lose both.
                     if (self.path / name).exists():
                         shutil.rmtree(older, ignore_errors=True)
                         (self.path / name).rename(older)
                     temporary.rename(self.path / name)
+                    sync(self.path)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
                     _put_back(older)
@@ -232,9 +239,25 @@ def write_whole(path: Path, text: str) -> None:
         temporary = path.with_name(f".{path.name}.partial")
         try:
             temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
             temporary.replace(path)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Onto the disk, so that a rename never comes before what it names; of folders, where the file system can."""
+    unable = NO_SYNC if path.is_dir() else ()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in unable:
+            raise
 
 
 def sweep(folder: Path) -> None:

@@ -60,7 +60,7 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
     """
     if not folder.is_dir():
         raise UpopError(f"--resume {folder}: expected the folder of a run, got none; check the path")
-    if (folder / "result.json").exists():
+    if _result(folder) is not None:
         refuse_if_held(folder)
         RunFolder(folder, main=is_main_process()).tidy()  # it may have been killed right after its last word
         raise UpopError(f"--resume {folder}: this run is complete; there is nothing to go on with")

@@ -462,10 +462,18 @@ def test_a_run_that_was_killed_after_its_last_word_is_tidied_by_resume(tmp_path)
     folder = tmp_path / "run"
     for name in ("checkpoints/00000001", "last-good"):
         (folder / name).mkdir(parents=True)
-    (folder / "result.json").write_text("{}")
+    (folder / "result.json").write_text('{"status": "complete"}')
     with pytest.raises(UpopError, match="this run is complete"):
         resume(folder)
     assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+def test_what_is_left_of_a_result_makes_no_run_complete(tmp_path):
+    (tmp_path / "checkpoints/00000001").mkdir(parents=True)
+    (tmp_path / "result.json").write_text("")
+    with pytest.raises(UpopError, match="holds no whole checkpoint"):
+        resume(tmp_path)
+    assert (tmp_path / "checkpoints/00000001").exists()
 
 
 # ---------------------------------------------------------------- the format

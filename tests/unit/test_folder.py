@@ -1,5 +1,6 @@
 """A run's folder is written whole or not at all, and never over what is not a run."""
 
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def test_a_file_is_replaced_whole(tmp_path):
     folder.write_text("result.json", "2")
     assert (tmp_path / "result.json").read_text() == "2"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_what_gets_a_name_is_on_the_disk_before_and_its_name_after(tmp_path, monkeypatch):
+    done, rename, fsync = [], Path.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.fstat(fd).st_ino) or fsync(fd))
+
+    def renamed(self, target):
+        inside = {path.stat().st_ino for path in (self, *self.rglob("*"))}
+        assert inside <= set(done)
+        done.clear()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    folder = RunFolder(tmp_path)
+    folder.write_folder("model", lambda path: (path / "weights").write_text("good") and None)
+    assert done == [tmp_path.stat().st_ino]
+    folder.write_text("result.json", "{}")
+    assert done == [tmp_path.stat().st_ino]
 
 
 def test_only_the_main_process_writes(tmp_path):
