@@ -5,7 +5,6 @@ Nothing is pickled, nothing is run on loading. A checkpoint is there whole or no
 
 import json
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upop.errors import UpopError, said
-from upop.folder import digest, disk_errors, sweep, take_away
+from upop.folder import digest, disk_errors, sweep, sync, take_away
 from upop.reading import read_json
 
 log = logging.getLogger(__name__)
@@ -99,13 +98,13 @@ def write(folder: Path, state: Mapping[str, Any]) -> Path:
         seal = {name: digest(temporary / name) for name in FILES}
         (temporary / SEAL).write_text(json.dumps(seal), encoding="utf-8")
         for name in (*FILES, SEAL):
-            _sync(temporary / name)
+            sync(temporary / name)
         temporary.rename(path)
     except BaseException:
         # On a full disk, half a checkpoint is in the way of the next.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(folder)
+    sync(folder)
     return path
 
 
@@ -150,15 +149,6 @@ def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _numbered(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and p.name.isdigit())
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk, so that a rename never comes before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

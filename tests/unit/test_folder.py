@@ -1,6 +1,9 @@
 """A run's folder is written whole or not at all, and never over what is not a run."""
 
+import contextlib
+import errno
 import os
+import stat
 from importlib import metadata
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import upop
+from upop import checkpoint
 from upop.errors import UpopError
 from upop.folder import MARK, RunFolder, provenance
 
@@ -95,6 +99,24 @@ def test_what_gets_a_name_is_on_the_disk_before_and_its_name_after(tmp_path, mon
     assert done == [tmp_path.stat().st_ino]
     folder.write_text("result.json", "{}")
     assert done == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO], ids=errno.errorcode.get)
+def test_where_folders_cannot_be_brought_onto_the_disk_a_run_goes_on_and_a_broken_disk_is_told(
+    tmp_path, monkeypatch, number
+):
+    fsync = os.fsync
+
+    def fails(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UpopError, match="cannot be written") if number == errno.EIO else contextlib.nullcontext():
+        checkpoint.Keeper(tmp_path / "checkpoints", 5).save({"step": 1})
+        RunFolder(tmp_path).write_folder("model", lambda path: None)
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "model"}
 
 
 def test_only_the_main_process_writes(tmp_path):
