@@ -14,7 +14,9 @@ where curve_s(f) = f, but for measured times. Shape suffixes: S structures, T te
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,11 +69,23 @@ class Cost:
     @cached_property
     def prices(self) -> dict[str, float]:
         """Structure name -> what the first unit of each lane costs together, all else staying."""
-        amounts = {s.name: 0.0 for s in self.structures}
-        for term in self.terms:
-            for name in term.names:
-                amounts[name] += term.amount
-        return {s.name: amounts[s.name] * (1 - self._curve(s.name, 1 - 1 / s.width)) for s in self.structures}
+        return {
+            s.name: self._amounts[s.name] * (1 - self._curve(s.name, [1 - 1 / s.width])[0]) for s in self.structures
+        }
+
+    def step(self, s: Structure, each: int = 1) -> float:
+        """What `each` units of every lane of `s` cost at most where they fall together, all else staying.
+
+        A measured curve may be flat where `s` is whole, and steep below: all its steps count, not the first alone.
+        """
+        if s.name not in self.curves:
+            return self.prices[s.name] * min(s.width, each)
+        if (s.name, each) not in self._steps:
+            left = [s.width, *range((s.width - 1) // each * each, -1, -each)]
+            shares = self._curve(s.name, [width / s.width for width in left])
+            most = max(more - less for more, less in pairwise(shares))
+            self._steps[s.name, each] = self._amounts[s.name] * most
+        return self._steps[s.name, each]
 
     def of(self, fractions_S: Tensor) -> Tensor:
         """Cost (scalar, float64) where the fraction `fractions_S` in [0, 1] of each structure's units stays."""
@@ -112,10 +126,23 @@ class Cost:
         x_SP, y_SP = torch.tensor(padded, dtype=torch.float64).unbind(-1)
         return x_SP.contiguous(), y_SP.contiguous()
 
-    def _curve(self, name: str, fraction: float) -> float:
-        points = self.curves.get(name, ((0.0, 0.0), (1.0, 1.0)))
-        x, y = torch.tensor([points], dtype=torch.float64).unbind(-1)
-        return float(_interpolate(torch.tensor([fraction], dtype=torch.float64), x.contiguous(), y.contiguous()))
+    @cached_property
+    def _amounts(self) -> dict[str, float]:
+        """Structure name -> what goes with the last of its units, all else staying."""
+        amounts = {s.name: 0.0 for s in self.structures}
+        for term in self.terms:
+            for name in term.names:
+                amounts[name] += term.amount
+        return amounts
+
+    @cached_property
+    def _steps(self) -> dict[tuple[str, int], float]:
+        """What `step` has found: a search asks in every step."""
+        return {}
+
+    def _curve(self, name: str, fractions: Sequence[float]) -> list[float]:
+        x, y = zip(*self.curves.get(name, ((0.0, 0.0), (1.0, 1.0))), strict=True)
+        return [float(share) for share in np.interp(fractions, x, y)]
 
 
 def _interpolate(values_S: Tensor, x_SP: Tensor, y_SP: Tensor) -> Tensor:

@@ -103,8 +103,9 @@ def select(
     # Budgets are products of a float ratio and an integer cost: do not let rounding take one unit more.
     budget -= 1e-6 * max(1.0, budget * 1e-6)
     falls = _prefix(structures, groups, cost, budget)
-    if budget > 0 and any(group_price(s, cost, align) > slack for s in structures):
-        falls = _pass_over(structures, groups, cost, budget, slack)
+    steps = [group_price(s, cost, align) for s in structures]
+    if budget > 0 and max(steps) > slack:
+        falls = _pass_over(structures, groups, cost, budget, slack, steps)
     return {s.name: ~falls[groups.of[s.name]] for s in structures}
 
 
@@ -203,10 +204,13 @@ def _prefix(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget
     return (place < high) & groups.open
 
 
-def _pass_over(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget: float, most: float) -> Tensor:
+def _pass_over(
+    structures: Sequence[Structure], groups: _Groups, cost: Cost, budget: float, most: float, steps: Sequence[float]
+) -> Tensor:
     """As `_prefix`, but groups that would end it more than `most` above the budget stay, the next ones go instead.
 
-    Where the budget cannot be reached without such a group, smaller ones stay in its place.
+    Where the budget cannot be reached without such a group, smaller ones stay in its place. `steps`: what a group of
+    each structure costs at most. Waits for the device, once for every group that stays.
     """
     while True:
         falls = _prefix(structures, groups, cost, budget)
@@ -222,16 +226,12 @@ def _pass_over(structures: Sequence[Structure], groups: _Groups, cost: Cost, bud
         if over <= most:
             return falls
         if cost.dense - float(cost.of(1 - rest_S)) < budget:
-            return _prefix(structures, _large_first(structures, groups, cost, falls, most), cost, budget)
+            large_S = sent(torch.tensor([step > most for step in steps]), falls.device)
+            # All that is large first, but for what is infinitely far ahead: smaller ones then end it.
+            first = groups.scores.clamp_min(torch.finfo(groups.scores.dtype).max)
+            scores = torch.where(falls & large_S[groups.structure], first, groups.scores)
+            return _prefix(structures, replace(groups, scores=scores), cost, budget)
         groups = replace(groups, open=others)
-
-
-def _large_first(structures: Sequence[Structure], groups: _Groups, cost: Cost, falls: Tensor, most: float) -> _Groups:
-    """`groups`, those of `falls` that cost more than `most` before all that are not infinitely far ahead."""
-    prices = torch.tensor([cost.prices[s.name] * s.width for s in structures], dtype=torch.float64)
-    large = falls & ((prices.to(falls.device)[groups.structure] * groups.share) > most)
-    first = groups.scores.clamp_min(torch.finfo(groups.scores.dtype).max)
-    return replace(groups, scores=torch.where(large, first, groups.scores))
 
 
 def is_whole(value: object) -> bool:
@@ -250,8 +250,8 @@ def check_alignment(align: Mapping[str, int]) -> dict[str, int]:
 
 
 def group_price(s: Structure, cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
-    """What the units of `s` that fall together cost, all else staying."""
-    return cost.prices[s.name] * min(s.width, align.get(s.kind, 1))
+    """What the units of `s` that fall together cost at most, all else staying."""
+    return cost.step(s, align.get(s.kind, 1))
 
 
 def select_uniform(

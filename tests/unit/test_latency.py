@@ -10,7 +10,9 @@ from upop import timing
 from upop.errors import TargetError, UpopError
 from upop.families import find_structures
 from upop.latency import LatencyTable, latency_cost
+from upop.models import load_model
 from upop.profiling import Times
+from upop.ranking import select
 from upop.targets import Target, find_cost
 
 KINDS = ("attn", "mlp")
@@ -237,3 +239,18 @@ def test_where_nothing_saves_time_no_target_but_zero_is_reachable(make_model):
     assert upop.Search(model, target=Target(latency=0.0), steps=2, latency=table).target_ratio == 0.0
     with pytest.raises(TargetError, match=r"latency=0.5: cannot be met; reachable here is latency=0 to latency=0.0"):
         upop.Search(make_model(), target=Target(latency=0.5), steps=2, latency=table)
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.3, 0.4, 0.5])
+def test_a_target_is_met_where_the_first_steps_save_nothing_and_a_later_one_much(fraction):
+    # As on a GPU with wide tiles: half of the head dims go for nothing, the next ones take a third of the time.
+    structures = find_structures(load_model("deit-digits").model, KINDS)
+    points = {"attn": ((0.25, 7.0), (0.5, 9.9), (0.75, 9.95)), "mlp": ((0.25, 6.7), (0.5, 7.8), (0.75, 8.9))}
+    cost = latency_cost(structures, LatencyTable(10.0, points, {s.name: s.width for s in structures}))
+    target, align = Target(latency=fraction), {"attn": 8}
+    budget = target.budget(cost, align)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {s.name: torch.rand(s.units, generator=generator) for s in structures}
+        keep = select(structures, scores, budget, cost=cost, align=align, slack=target.slack(cost, budget))
+        assert -1e-3 <= cost.removed(keep) - budget <= 0.03 * (cost.dense - budget)
