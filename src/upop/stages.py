@@ -314,7 +314,7 @@ class Stages:
             scores = measure_scores(plan, self.run.accelerator, models, masked=self.run.masked)
         with self.run.timed("latency"):
             latency = measure_latency(plan, self.run.accelerator.device, models["dense"], final)
-            promised = measure_promise(plan, models["dense"], final)
+            promised = measure_promise(plan, models["dense"], final, self.run.searched["ratio"])
         return {
             "schema": SCHEMA,
             "status": "complete",

@@ -9,9 +9,11 @@ import torch
 from upop import measure
 from upop.latency import LatencyTable
 from upop.measure import chance_warnings
+from upop.profiling import Times
 
 LABELS = torch.tensor([0, 1, 2] * 2)  # guessing: 0.333, and by luck up to 0.911
 MANY = torch.tensor([0, 1, 2] * 1000)
+CONFIG = {"latency_seconds": 0.01, "max_drop": None, "tolerance": None}
 
 
 def said(labels, **accuracy):
@@ -70,12 +72,33 @@ def test_times_are_those_of_the_models_as_they_load_whatever_kernel_they_were_tr
     size = dense.config.image_size
     table = LatencyTable(dense_ms=1.0, points={}, widths={}, image_size=size)
     plan = SimpleNamespace(
-        loaded=SimpleNamespace(image_size=size), config=SimpleNamespace(latency_seconds=0.01), latency=table, left=0.5
+        loaded=SimpleNamespace(image_size=size), config=SimpleNamespace(**CONFIG), latency=table, left=0.5
     )
     if what == "latency":
         measure.measure_latency(plan, torch.device("cpu"), dense, copy.deepcopy(dense))
     else:
-        measure.measure_promise(plan, dense, copy.deepcopy(dense))
+        measure.measure_promise(plan, dense, copy.deepcopy(dense), None)
     assert loaded == "sdpa"
     assert set(timed) == {loaded}
     assert dense.config._attn_implementation == "eager"
+
+
+@pytest.fixture
+def promised(make_model, monkeypatch):
+    """What is said of a model of 8 ms by the table, of 10, that takes other times: a function of those and more."""
+
+    def promise(before, after, ratio=None, **config):
+        times = {"before": Times((before,) * 2), "after": Times((after,) * 2)}
+        monkeypatch.setattr(measure, "time_in_turns", lambda passes, **_: times)
+        table = LatencyTable(dense_ms=10.0, points={}, widths={}, image_size=32)
+        plan = SimpleNamespace(config=SimpleNamespace(**{**CONFIG, **config}), latency=table, left=8.0)
+        return measure.measure_promise(plan, make_model(), make_model(), ratio)
+
+    return promise
+
+
+@pytest.mark.parametrize("rule", [{"max_drop": 0.01}, {"tolerance": 0.01}], ids=str)
+def test_where_accuracy_decides_the_target_in_time_is_a_limit_and_not_missed_above_it(promised, rule):
+    found = promised(10.0, 9.5, {"latency": 0.05}, **rule)
+    assert (found["wanted"], found["warnings"]) == (0.95, [])
+    assert "0.980 of the dense model's time, not 0.800" in promised(10.0, 9.8)["warnings"][0]
