@@ -76,7 +76,7 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
     _refuse_elsewhere(folder, config, state.get("began_in"))
     processes.join(device_type(config.device))
     with processes.naming_the_lost(lambda: _advice(RunFolder(folder))), cpu_threads(config.threads):
-        plan = make_plan(config, latency=_table(state))
+        plan = make_plan(config, latency=_table(state.get("latency")))
         if other := _differs(state, plan):
             raise UpopError(f"--resume {folder}: was begun with another {other}; start the run again with --overwrite")
         return _carry_out(plan, observer or Nobody(), str(state.get("command")), state)
@@ -102,10 +102,9 @@ def _advice(folder: RunFolder) -> str:
 
 def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_on: bool, overwrite: bool) -> Result:
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
-    # Another run, which is begun anew, needs a table of its own.
-    own = state is not None and all(state.get(key) == value for key, value in identity(config).items())
-    plan = make_plan(config, latency=_table(state) if own else None, observer=observer)
-    if go_on and (result := _result(Path(config.out))) is not None:
+    result = _result(Path(config.out)) if go_on else None
+    plan = make_plan(config, latency=_own_table(config, state, result), observer=observer)
+    if result is not None:
         same = {key: value for key, value in plan.identity().items() if key != "configuration"}
         if (other := made_with_another(result, config, **same)) is None:
             observer.stage("complete", f"{config.out} holds this very run, done before")
@@ -154,9 +153,21 @@ def made_with_another(
     return different[0] if different else None
 
 
-def _table(state: Mapping[str, Any] | None) -> LatencyTable | None:
-    """The latency table that a stopped run was planned with: measured again, it would be another."""
-    found = state.get("latency") if state is not None else None
+def _own_table(config: PruneConfig, state: Mapping[str, Any] | None, result: Result | None) -> LatencyTable | None:
+    """The table of the same run, stopped or complete, in `config.out`; another run there says nothing of this one."""
+    own = identity(config)
+    if (
+        result is not None
+        and made_with_another(result, config, start=own["start"], code=own["code"], data=None) is None
+    ):
+        return _table((result.get("latency_target") or {}).get("table"))
+    if state is not None and all(state.get(key) == value for key, value in own.items()):
+        return _table(state.get("latency"))
+    return None
+
+
+def _table(found: Mapping[str, Any] | None) -> LatencyTable | None:
+    """The latency table that a run was planned with: measured again, it would be another."""
     return None if found is None else LatencyTable.from_dict(found)
 
 

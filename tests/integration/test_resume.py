@@ -297,6 +297,13 @@ def test_a_run_that_starts_over_with_another_target_in_time_measures_its_own_tab
     assert len(tables) == 3
 
 
+def test_go_on_with_a_complete_run_measures_no_second_table(tmp_path, tables):
+    config = make_config({**IN_TIME, "out": str(tmp_path / "run")})
+    prune(config)
+    assert prune(config, go_on=True)["status"] == "complete"
+    assert len(tables) == 1
+
+
 def test_what_cannot_go_on_is_refused_in_one_line(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(UpopError, match="expected the folder of a run, got none; check the path"):
