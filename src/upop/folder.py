@@ -75,13 +75,15 @@ class RunFolder:
             raise UpopError(f"out {self.path}: cannot be written, no permission for {parent}; choose another folder")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        known = {MARK, LOCK, TRACKED, *FILES, *FOLDERS}
-        foreign = [p.name for p in self.path.iterdir() if p.name not in known and not p.name.endswith(".partial")]
-        if foreign or not (self.path / MARK).exists():
+        found = {p.name for p in self.path.iterdir() if not p.name.endswith(".partial")}
+        foreign = found - {MARK, LOCK, TRACKED, *FILES, *FOLDERS}
+        # A run that was killed before it had written anything leaves its lock, perhaps with what its tracker began.
+        begun = LOCK not in found or found - {LOCK, TRACKED}
+        if foreign or (found and begun and MARK not in found):
             what = sorted(foreign)[0] if foreign else "files"
             raise UpopError(f"out {self.path}: holds {what}, which no run of upop wrote; choose a new or empty folder")
         refuse_if_held(self.path)
-        if not overwrite:
+        if not overwrite and MARK in found:
             if self.holds_checkpoints and not (self.path / "result.json").exists():
                 raise UpopError(
                     f"out {self.path}: holds a run that was stopped; {self.way_on}, or start over with --overwrite"

@@ -13,7 +13,8 @@ import torch
 import upop
 from upop import checkpoint
 from upop.errors import UpopError
-from upop.folder import MARK, RunFolder, provenance
+from upop.folder import MARK, TRACKED, RunFolder, provenance
+from upop.lock import LOCK
 
 
 def test_a_sub_folder_appears_only_when_it_is_whole(tmp_path):
@@ -146,6 +147,22 @@ def test_claiming_empties_an_older_run_only(tmp_path):
 
 def test_a_folder_of_someone_else_is_never_touched_whatever_its_files_are_called(tmp_path):
     (tmp_path / "config.toml").write_text("title = 'my site'")
+    with pytest.raises(UpopError, match="no run of upop wrote"):
+        RunFolder(tmp_path).check(overwrite=True)
+
+
+@pytest.mark.parametrize("names", [[LOCK], [LOCK, TRACKED], [".model.partial"]], ids=str)
+def test_a_folder_in_which_a_run_was_killed_before_it_wrote_anything_is_free(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).check(overwrite=False)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UpopError, match="no run of upop wrote"):
+        RunFolder(tmp_path).check(overwrite=True)
+
+
+def test_a_folder_called_as_a_tracker_s_is_no_run_by_itself(tmp_path):
+    (tmp_path / TRACKED).mkdir()  # such as the sources of upop
     with pytest.raises(UpopError, match="no run of upop wrote"):
         RunFolder(tmp_path).check(overwrite=True)
 
