@@ -42,6 +42,7 @@ TRACKED = "upop"  # what some trackers write: theirs to clear, since they begin 
 
 # What file systems say that open no folder as a file, or cannot bring one onto the disk; a full one says otherwise.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+Stamp = list[int | None]  # when some of a run's files were changed, None for those that are not there
 
 
 def is_main_process() -> bool:
@@ -139,6 +140,17 @@ class RunFolder:
             if new:
                 with contextlib.suppress(OSError):  # there is something in it
                     self.path.rmdir()
+
+    @property
+    def stamp(self) -> Stamp:
+        """What changes when a run begins in the folder, keeps a checkpoint or ends."""
+        paths = [self.path / name for name in ("config.toml", "checkpoints", "result.json")]
+        return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
+
+    def refuse_if_changed(self, stamp: Stamp) -> None:
+        """Raise UpopError where another run has worked here since `stamp` was taken, before the folder was locked."""
+        if self.main and self.stamp != stamp:
+            raise UpopError(f"out {self.path}: another run has worked in it meanwhile; look at it, then start again")
 
     def sweep(self) -> None:
         """Take away what writes that were cut off have left, and put back what they had put aside."""

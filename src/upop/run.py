@@ -12,7 +12,7 @@ from typing import Any
 from upop import checkpoint, processes
 from upop.config import PruneConfig, is_given, make_config
 from upop.errors import UpopError
-from upop.folder import RunFolder, is_main_process, own_command
+from upop.folder import RunFolder, Stamp, is_main_process, own_command
 from upop.latency import LatencyTable
 from upop.lock import refuse_if_held
 from upop.observer import Nobody, Observer
@@ -48,9 +48,10 @@ def prune(
     folder = RunFolder(Path(config.out), main=processes.index() == 0)
     with processes.naming_the_lost(lambda: _advice(folder)):
         sources = (config.model, config.data)
+        stamp = folder.stamp
         processes.by_first(lambda: folder.check(overwrite=overwrite or go_on, sources=sources))
         with cpu_threads(config.threads):
-            return _prune(config, observer or Nobody(), command, go_on=go_on, overwrite=overwrite)
+            return _prune(config, observer or Nobody(), command, stamp, go_on=go_on, overwrite=overwrite)
 
 
 def resume(folder: Path, *, observer: Observer | None = None) -> Result:
@@ -65,6 +66,7 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
         RunFolder(folder, main=is_main_process()).tidy()  # it may have been killed right after its last word
         raise UpopError(f"--resume {folder}: this run is complete; there is nothing to go on with")
     refuse_if_held(folder)
+    stamp = RunFolder(folder).stamp
     state, damaged = checkpoint.newest(folder / CHECKPOINTS)
     if state is None:
         why = f" ({damaged[0]})" if damaged else ""
@@ -79,7 +81,7 @@ def resume(folder: Path, *, observer: Observer | None = None) -> Result:
         plan = make_plan(config, latency=_table(state.get("latency")))
         if other := _differs(state, plan):
             raise UpopError(f"--resume {folder}: was begun with another {other}; start the run again with --overwrite")
-        return _carry_out(plan, observer or Nobody(), str(state.get("command")), state)
+        return _carry_out(plan, observer or Nobody(), str(state.get("command")), state, stamp)
 
 
 def _refuse_elsewhere(folder: Path, config: PruneConfig, began_in: object) -> None:
@@ -100,7 +102,9 @@ def _advice(folder: RunFolder) -> str:
     return "see what the others say; then start again"
 
 
-def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_on: bool, overwrite: bool) -> Result:
+def _prune(
+    config: PruneConfig, observer: Observer, command: str | None, stamp: Stamp, *, go_on: bool, overwrite: bool
+) -> Result:
     state = checkpoint.latest(Path(config.out) / CHECKPOINTS) if go_on else None
     result = _result(Path(config.out)) if go_on else None
     plan = make_plan(config, latency=_own_table(config, state, result), observer=observer)
@@ -128,7 +132,7 @@ def _prune(config: PruneConfig, observer: Observer, command: str | None, *, go_o
         folder = RunFolder(Path(config.out), main=processes.index() == 0)
         kept = config.checkpoint_minutes > 0
         processes.by_first(lambda: folder.check_restart(plan.config.to_toml(), kept=kept))
-    return _carry_out(plan, observer, command, state)
+    return _carry_out(plan, observer, command, state, stamp)
 
 
 def _result(folder: Path) -> Result | None:
@@ -176,7 +180,9 @@ def _differs(state: Mapping[str, Any], plan: Plan) -> str | None:
     return next((key for key, value in plan.identity().items() if state.get(key) != value), None)
 
 
-def _carry_out(plan: Plan, observer: Observer, command: str | None, state: Mapping[str, Any] | None) -> Result:
+def _carry_out(
+    plan: Plan, observer: Observer, command: str | None, state: Mapping[str, Any] | None, stamp: Stamp
+) -> Result:
     config = plan.given
     accelerator = make_accelerator(plan.config)
     folder = RunFolder(Path(config.out), main=processes.index() == 0)
@@ -185,6 +191,8 @@ def _carry_out(plan: Plan, observer: Observer, command: str | None, state: Mappi
     stages.training_batches(0)  # refuses what cannot be batched before the folder is touched
     with contextlib.ExitStack() as stack:
         processes.by_first(lambda: stack.enter_context(folder.held()))
+        # The folder was looked at before, without a lock, and planning takes its time.
+        processes.by_first(lambda: folder.refuse_if_changed(stamp))
         stack.enter_context(contextlib.closing(session.tracking))
         # Before anything else is written: a tracker may want a login.
         session.tracking.start(plan.config.model_dump(), None if state is None else state.get("trackers", {}))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upop import checkpoint, losses, plan, session, stages, train
+from upop import checkpoint, losses, plan, run, session, stages, train
 from upop.config import make_config
 from upop.errors import StopError, UpopError
 from upop.families import find_structures
@@ -295,6 +295,24 @@ def test_a_run_that_starts_over_with_another_target_in_time_measures_its_own_tab
     result = prune(make_config({**config, **changed}), go_on=True, overwrite=True)
     assert result["latency_target"]["table"] == tables[-1].to_dict()
     assert len(tables) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"go_on": True}], ids=str)
+def test_a_run_that_another_has_overtaken_while_it_planned_deletes_nothing_of_it(tmp_path, monkeypatch, options):
+    out = tmp_path / "run"
+    config = make_config({**OPTIONS, "stages": "dense", "epochs_dense": 0.1, "subset": 128, "out": str(out)})
+    planned = run.make_plan
+
+    def slowly(config, **more):
+        monkeypatch.setattr(run, "make_plan", planned)
+        prune(config.model_copy(update={"seed": 1}))
+        return planned(config, **more)
+
+    monkeypatch.setattr(run, "make_plan", slowly)
+    with pytest.raises(UpopError, match="another run has worked in it meanwhile|holds a run that cannot be taken up"):
+        prune(config, **options)
+    assert json.loads((out / "result.json").read_text())["config"]["seed"] == 1
+    assert (out / "model").exists()
 
 
 def test_go_on_with_a_complete_run_measures_no_second_table(tmp_path, tables):
