@@ -153,11 +153,18 @@ def measure_promise(plan: Plan, dense: nn.Module, final: nn.Module, ratio: Mappi
             f"latency: {took:.3f} of the dense model's time, not {wanted:.3f} as the table promised ({table}); "
             "measure again with `upop bench` on a quiet machine"
         )
+    before_ms, after_ms, left = found["before"].median_ms, found["after"].median_ms, plan.target and plan.target.left
+    over = after_ms - (left or after_ms)
+    if left and (over if limit else abs(over)) > MEASURED_LATENCY * left:
+        warnings.append(
+            f"latency: {after_ms:.3g} ms, not the {left:.3g} ms asked for: the dense model takes {before_ms:.3g} ms, "
+            f"and took {table.dense_ms:.3g} ms for the table ({table}); begin again on the machine that it is to run on"
+        )
     return {
         "wanted": wanted,
         "ratio": took,
-        "before_ms": found["before"].median_ms,
-        "after_ms": found["after"].median_ms,
+        "before_ms": before_ms,
+        "after_ms": after_ms,
         "table": table.to_dict(),
         "warnings": warnings,
     }

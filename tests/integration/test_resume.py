@@ -309,7 +309,7 @@ def test_a_run_that_another_has_overtaken_while_it_planned_deletes_nothing_of_it
         return planned(config, **more)
 
     monkeypatch.setattr(run, "make_plan", slowly)
-    with pytest.raises(UpopError, match="another run has worked in it meanwhile|holds a run that cannot be taken up"):
+    with pytest.raises(UpopError, match=r"another run has worked in it meanwhile|holds a run that cannot be taken up"):
         prune(config, **options)
     assert json.loads((out / "result.json").read_text())["config"]["seed"] == 1
     assert (out / "model").exists()

@@ -10,6 +10,7 @@ from upop import measure
 from upop.latency import LatencyTable
 from upop.measure import chance_warnings
 from upop.profiling import Times
+from upop.targets import Target
 
 LABELS = torch.tensor([0, 1, 2] * 2)  # guessing: 0.333, and by luck up to 0.911
 MANY = torch.tensor([0, 1, 2] * 1000)
@@ -72,7 +73,11 @@ def test_times_are_those_of_the_models_as_they_load_whatever_kernel_they_were_tr
     size = dense.config.image_size
     table = LatencyTable(dense_ms=1.0, points={}, widths={}, image_size=size)
     plan = SimpleNamespace(
-        loaded=SimpleNamespace(image_size=size), config=SimpleNamespace(**CONFIG), latency=table, left=0.5
+        loaded=SimpleNamespace(image_size=size),
+        config=SimpleNamespace(**CONFIG),
+        latency=table,
+        left=0.5,
+        target=Target(latency=0.5),
     )
     if what == "latency":
         measure.measure_latency(plan, torch.device("cpu"), dense, copy.deepcopy(dense))
@@ -87,11 +92,12 @@ def test_times_are_those_of_the_models_as_they_load_whatever_kernel_they_were_tr
 def promised(make_model, monkeypatch):
     """What is said of a model of 8 ms by the table, of 10, that takes other times: a function of those and more."""
 
-    def promise(before, after, ratio=None, **config):
+    def promise(before, after, ratio=None, target=0.2, **config):
         times = {"before": Times((before,) * 2), "after": Times((after,) * 2)}
         monkeypatch.setattr(measure, "time_in_turns", lambda passes, **_: times)
         table = LatencyTable(dense_ms=10.0, points={}, widths={}, image_size=32)
-        plan = SimpleNamespace(config=SimpleNamespace(**{**CONFIG, **config}), latency=table, left=8.0)
+        options = SimpleNamespace(**{**CONFIG, **config})
+        plan = SimpleNamespace(config=options, latency=table, left=8.0, target=Target(latency=target))
         return measure.measure_promise(plan, make_model(), make_model(), ratio)
 
     return promise
@@ -102,3 +108,11 @@ def test_where_accuracy_decides_the_target_in_time_is_a_limit_and_not_missed_abo
     found = promised(10.0, 9.5, {"latency": 0.05}, **rule)
     assert (found["wanted"], found["warnings"]) == (0.95, [])
     assert "0.980 of the dense model's time, not 0.800" in promised(10.0, 9.8)["warnings"][0]
+
+
+def test_milliseconds_that_were_asked_for_are_judged_as_such(promised):
+    assert promised(30.0, 24.0, target=0.2)["warnings"] == []
+    [warning] = promised(30.0, 24.0, target="8ms")["warnings"]
+    assert warning.startswith("latency: 24 ms, not the 8 ms asked for: the dense model takes 30 ms, and took 10 ms")
+    assert promised(10.0, 8.2, target="8ms")["warnings"] == []
+    assert promised(10.0, 7.0, {"latency": 0.3}, target="8ms", max_drop=0.01)["warnings"] == [], "a limit"
