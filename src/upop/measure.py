@@ -158,7 +158,7 @@ def measure_promise(plan: Plan, dense: nn.Module, final: nn.Module, ratio: Mappi
     if left and (over if limit else abs(over)) > MEASURED_LATENCY * left:
         warnings.append(
             f"latency: {after_ms:.3g} ms, not the {left:.3g} ms asked for: the dense model takes {before_ms:.3g} ms, "
-            f"and took {table.dense_ms:.3g} ms for the table ({table}); begin again on the machine that it is to run on"
+            f"and took {table.dense_ms:.3g} ms for the table ({table}); begin again on the machine that is meant"
         )
     return {
         "wanted": wanted,

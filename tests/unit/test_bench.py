@@ -356,6 +356,8 @@ def test_the_command_says_where_no_accuracy_is_known_and_draws_nothing(tmp_path,
     (tmp_path / "out/bench.png").write_text("of an older benchmark")
     mine, out = str(tmp_path / "mine"), tmp_path / "out"
     options = {"runtimes": "eager", "batches": "1", "seconds": "0", "device": "cpu", "folder": out}
+    with pytest.raises(UpopError, match="already holds a bench; choose another folder, or say --overwrite"):
+        cli_bench.bench(mine, [mine], **options)
     (out / "bench.json").write_text("an older benchmark")
     with pytest.raises(UpopError, match="already holds a bench; choose another folder, or say --overwrite"):
         cli_bench.bench(mine, [mine], **options)

@@ -271,11 +271,11 @@ def demo(
 ) -> None:
     """Two minutes, no network: train a small DeiT on real handwritten digits and prune it to half."""
     quiet_libraries()
-    from upop.demo import demo_config
+    from upop.demo import demo_config, is_demo
     from upop.run import prune
 
     with Watcher() as watcher:
-        result = prune(demo_config(folder), overwrite=overwrite or folder == DEMO_FOLDER, observer=watcher)
+        result = prune(demo_config(folder), overwrite=overwrite or is_demo(folder), observer=watcher)
     print_result(result, folder)
     print_promises(result)
     out.print(f"look at it: upop view {shlex.quote(str(folder))} --data digits", markup=False)

@@ -92,7 +92,7 @@ def _prepare(folder: Path, *, overwrite: bool) -> None:
     """Before anything is measured: the folder is there, can be written to, and no run's."""
     from upop.benchrun import FILE
 
-    if (folder / FILE).exists() and not overwrite:
+    if any((folder / name).exists() for name in (FILE, PICTURE)) and not overwrite:
         raise UpopError(f"out {folder}: already holds a bench; choose another folder, or say --overwrite")
     if (folder / MARK).exists() or (folder / "config.json").exists():
         raise UpopError(f"out {folder}: holds a run or a model; choose another folder")
