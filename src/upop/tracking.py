@@ -98,10 +98,10 @@ class Tracking:
             self._guarded(tracker, lambda tracker=tracker: tracker.log(named, step=step))
 
     def pictures(self, files: Sequence[Path], step: int) -> None:
-        """PNG files, each under its own name."""
+        """PNG files, each under its own name; one that could not be drawn is no fault of a tracker."""
         if self._accelerator.is_main_process:
             for tracker in self._trackers:
-                for file in files:
+                for file in filter(Path.exists, files):
                     self._guarded(tracker, lambda tracker=tracker, file=file: _show(tracker, file, step))
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from upop import stages
 from upop.config import make_config
 from upop.errors import StopError, UpopError
 from upop.run import prune, resume
@@ -146,6 +147,15 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(stand_in, tmp_path
     assert line in json.loads((tmp_path / "run/result.json").read_text())["warnings"]
     assert broken.made[0].numbers == {}
     assert "result/accuracy/dense/test" in whole.made[0].numbers
+
+
+def test_a_picture_that_could_not_be_drawn_is_no_fault_of_a_tracker(stand_in, tmp_path, monkeypatch):
+    kind = stand_in()
+    monkeypatch.setitem(stages.PICTURES, "widths.png", lambda result, file: 1 / 0)
+    config = {**QUICK, "stages": "dense", "tracker": "stand-in", "out": str(tmp_path / "run")}
+    result = prune(make_config(config))
+    assert not [line for line in result["warnings"] if "tracker" in line]
+    assert list(kind.made[0].pictures) == ["pictures/stages"]
 
 
 class Stops:

@@ -483,6 +483,19 @@ def test_energy_is_none_with_a_reason_where_the_machine_does_not_tell(tmp_path):
     assert "energy_uj cannot be read" in find_meter(CPU, powercap=tmp_path).about
 
 
+def test_a_counter_that_fails_meanwhile_costs_no_time_that_was_measured(calls):
+    class Meter:
+        about = "a test"
+
+        def joules(self, work):
+            raise OSError("the counter is gone")
+
+    models = {"a": torch.nn.Linear(1, 1)}
+    [row] = measure_cell(models, Cell("eager", "float32", 3), image_size=8, seconds=0, device=CPU, meter=Meter())
+    assert row.median_ms > 0
+    assert (row.joules_per_image, row.refused) == (None, None)
+
+
 def test_energy_per_image_is_that_of_the_model_alone(calls):
     class Meter:
         about = "a test"
