@@ -137,7 +137,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _get(self) -> Answer:
-        path = urlsplit(self.path).path
+        path = self._place()
         if path == "/":
             return self.server.page()
         if path.startswith("/samples/"):
@@ -147,25 +147,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is nothing here; see /")
 
     def _post(self) -> Answer:
-        if urlsplit(self.path).path != "/predict":
+        if self._place() != "/predict":
             raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET", Allow="GET")
         return self.server.predictions(self._body())
 
     def _other(self) -> Answer:
         raise RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command}: expected GET or POST", Allow="GET, POST")
 
+    def _place(self) -> str:
+        try:
+            return urlsplit(self.path).path
+        except ValueError:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, f"expected a path, got {self.path[:80]!r}") from None
+
     def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not length.isdecimal():
+        length = _length(self.headers)
+        if "Transfer-Encoding" in self.headers or length is None:
             raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "expected a body with its Content-Length")
-        if int(length) > MOST_BYTES:
+        if length > MOST_BYTES:
             raise RefusedError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"expected a file of at most {MOST_BYTES // 2**20} MiB, got {int(length) / 2**20:.1f} MiB",
+                f"expected a file of at most {MOST_BYTES // 2**20} MiB, got {length / 2**20:.1f} MiB or more",
             )
-        body = self.rfile.read(int(length))
+        body = self.rfile.read(length)
         self._read = True
-        if len(body) < int(length):
+        if len(body) < length:
             raise RefusedError(HTTPStatus.BAD_REQUEST, "the upload broke off")
         return body
 
@@ -198,8 +204,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(status, answer, headers)
 
     def _send(self, status: HTTPStatus, answer: Answer, headers: Mapping[str, str]) -> None:
-        left = 0 if self._read else _length(self.headers)
-        unread = left > 0 or "Transfer-Encoding" in self.headers
+        said = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        unread = said and not self._read
+        # Only so much is read off: what comes after it must not be taken for another request.
+        left = min(_length(self.headers) or 0, DRAIN)
         always = {
             "Content-Type": answer.kind,
             "Content-Length": str(len(answer.body)),
@@ -224,7 +232,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _length(headers: Any) -> int:
-    """Bytes of a body to read off before the connection can be closed, at most DRAIN."""
+def _length(headers: Any) -> int | None:
+    """Bytes that a body is said to have, at most what fifteen digits say; None where it is not said."""
     length = headers.get("Content-Length", "")
-    return min(int(length), DRAIN) if length.isdecimal() and len(length) < 16 else 0
+    return int(length if len(length) < 16 else "9" * 15) if length.isdecimal() else None

@@ -200,6 +200,28 @@ def test_bodies_are_bounded(server, ask):
         assert raw.recv(12) == b"HTTP/1.1 400"
 
 
+@pytest.mark.parametrize("length", ["9" * 20, "9" * 5000, "many"], ids=["20 digits", "5000 digits", "a word"])
+def test_a_body_that_is_refused_is_no_second_request(server, length):
+    second = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(server.server_address, timeout=30) as raw:
+        raw.sendall(f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{second}".encode())
+        raw.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: raw.recv(2**16), b""))
+    assert answers.startswith(b"HTTP/1.1 41")
+    assert answers.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_path_that_is_none_is_refused(server, caplog, method):
+    with socket.create_connection(server.server_address, timeout=30) as raw:
+        raw.sendall(f"{method} http://[::1 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        raw.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: raw.recv(2**16), b""))
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"expected a path, got 'http://[::1'" in answer
+    assert caplog.text == ""
+
+
 def test_a_model_that_fails_is_a_line_and_not_the_end(server, ask, monkeypatch, caplog):
     monkeypatch.setattr("upop.viewserver.predict", lambda *a: 1 / 0)
     status, _, found = ask("POST", "/predict", picture())
