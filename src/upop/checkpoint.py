@@ -137,14 +137,22 @@ def latest(folder: Path) -> dict[str, Any] | None:
 
 
 def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint in `folder` that is whole, if any, and what is wrong with those after it."""
+    """The newest checkpoint in `folder` that is whole, `kept_as` a number, and what is wrong with those after it."""
     damaged: list[str] = []
     for path in reversed(_numbered(folder)):
         try:
-            return read(path), damaged
+            return {**read(path), "kept_as": int(path.name)}, damaged
         except UpopError as error:
             damaged.append(str(error))
     return None, damaged
+
+
+def forget_after(folder: Path, number: int) -> None:
+    """Remove the checkpoints after `number`, which were passed by: of those that are kept none must be damaged."""
+    with disk_errors(folder):
+        for path in _numbered(folder):
+            if int(path.name) > number:
+                take_away(path)
 
 
 def _numbered(folder: Path) -> list[Path]:

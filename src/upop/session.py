@@ -69,6 +69,8 @@ class Session:
         processes.same_as_first(f"{self.folder.path / CHECKPOINTS}: stage and step", [stage, step])
         self.folder.cut("metrics.jsonl", size)
         self.folder.sweep()
+        if self.folder.main:
+            checkpoint.forget_after(self.keeper.folder, state["kept_as"])
         log.info("going on: stage %s, step %s", stage, step)
         if before != processes.count():
             self.notes.append(

@@ -147,6 +147,20 @@ def test_a_damaged_checkpoint_is_passed_by(whole, tmp_path):
     assert numbers(out) == whole
 
 
+def test_a_damaged_checkpoint_that_was_passed_by_is_not_among_the_last_two(tmp_path):
+    out = tmp_path / "run"
+    options = {"stages": "dense", "epochs_dense": 2, "subset": 128, "out": str(out)}
+    with pytest.raises(MemoryError):
+        prune(make_config({**OPTIONS, **options}), observer=Breaks("dense", 3))
+    (max((out / "checkpoints").iterdir()) / "tensors.safetensors").write_bytes(b"cut")
+    with pytest.raises(MemoryError):
+        resume(out, observer=Breaks("dense", 2))
+    assert [checkpoint.read(path)["fit"]["tally"]["step"] for path in sorted((out / "checkpoints").iterdir())] == [
+        1,
+        1,
+    ]
+
+
 class Signals:
     """Asks the run to stop when it begins to measure."""
 
