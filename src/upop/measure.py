@@ -22,6 +22,7 @@ from upop.errors import UpopError
 from upop.evaluation import Score, evaluate
 from upop.families import find_structures
 from upop.folder import recorded
+from upop.memory import left_out, within_memory
 from upop.models import fit_head_, load_model
 from upop.plan import Plan, device_type, make_accelerator, make_batches, read_data, set_attention
 from upop.profiling import compare_latency, count_macs, count_params, time_in_turns
@@ -95,29 +96,40 @@ def measure_masked(plan: Plan, accelerator: Accelerator, masked: nn.Module, smal
     """
     batches = plain_batches(plan, plan.data.validation, accelerator)
     score = evaluate({"search": masked}, batches, accelerator=accelerator)["search"]
-    gap = 0.0
     # The first process's share of the first batch: it is never empty, and it is the first that writes.
-    for images, _ in itertools.islice(batches, 1):
-        outputs: list[Any] = [model(pixel_values=images) for model in (masked, small)]
-        gap = float((outputs[0].logits - outputs[1].logits).abs().max())
+    [images] = [images for images, _ in itertools.islice(batches, 1)]
+
+    def gap_in(micro: int) -> float:
+        pairs: list[list[Any]] = [
+            [model(pixel_values=x) for model in (masked, small)] for x in torch.split(images, micro)
+        ]
+        return max(float((a.logits - b.logits).abs().max()) for a, b in pairs)
+
+    size = len(images)
+    gap, _ = within_memory(size, gap_in, forget=lambda: None, retry=True, where="evaluate", batch=size)
     return {"accuracy": score.accuracy, "loss": score.loss, "gap": gap}
 
 
-def measure_latency(plan: Plan, device: torch.device, dense: nn.Module, final: nn.Module) -> dict[str, Any]:
-    """Batch size -> before and after, timed in turns, on the first process's device while the others wait."""
+def measure_latency(
+    plan: Plan, device: torch.device, dense: nn.Module, final: nn.Module, warnings: list[str]
+) -> dict[str, Any]:
+    """Batch size -> before and after, timed in turns, on the first process's device while the others wait.
+
+    A batch that memory is short for is left out, with a warning.
+    """
     if processes.index() > 0:
         return {}
     pair = _as_loaded(dense, final)
-    found = {
-        batch: compare_latency(
-            pair,
-            batch=batch,
-            image_size=plan.loaded.image_size,
-            device=device,
-            max_seconds=plan.config.latency_seconds,
-        )
-        for batch in LATENCY_BATCHES
-    }
+    found = {}
+    for batch in LATENCY_BATCHES:
+        with left_out(f"latency, batch {batch}", warnings):
+            found[batch] = compare_latency(
+                pair,
+                batch=batch,
+                image_size=plan.loaded.image_size,
+                device=device,
+                max_seconds=plan.config.latency_seconds,
+            )
     return {str(batch): {name: asdict(value) for name, value in each.items()} for batch, each in found.items()}
 
 

@@ -5,7 +5,8 @@ Must not know models: what is done with a part comes in as a function.
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -43,9 +44,7 @@ def within_memory(
                 raise
         # Only out of the handler: the error's frames hold on to what has filled the memory.
         forget()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
         if micro == 1:
             raise TrainingError(f"{where}: out of memory with a single image at a time; use a smaller model or image")
         half = (micro + 1) // 2
@@ -56,3 +55,23 @@ def within_memory(
             )
         log.warning("%s: out of memory with %d images at a time; going on with %d, same batch", where, micro, half)
         micro = half
+
+
+@contextmanager
+def left_out(what: str, warnings: list[str]) -> Iterator[None]:
+    """What a run can do without: where memory runs out, a warning says so, and the rest is there."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    _free()
+    warnings.append(f"{what}: out of memory; not measured, all else is there")
+    log.warning("%s", warnings[-1])
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

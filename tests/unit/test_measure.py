@@ -80,7 +80,7 @@ def test_times_are_those_of_the_models_as_they_load_whatever_kernel_they_were_tr
         target=Target(latency=0.5),
     )
     if what == "latency":
-        measure.measure_latency(plan, torch.device("cpu"), dense, copy.deepcopy(dense))
+        measure.measure_latency(plan, torch.device("cpu"), dense, copy.deepcopy(dense), [])
     else:
         measure.measure_promise(plan, dense, copy.deepcopy(dense), None)
     assert loaded == "sdpa"
@@ -116,3 +116,36 @@ def test_milliseconds_that_were_asked_for_are_judged_as_such(promised):
     assert warning.startswith("latency: 24 ms, not the 8 ms asked for: the dense model takes 30 ms, and took 10 ms")
     assert promised(10.0, 8.2, target="8ms")["warnings"] == []
     assert promised(10.0, 7.0, {"latency": 0.3}, target="8ms", max_drop=0.01)["warnings"] == [], "a limit"
+
+
+def test_a_batch_that_memory_is_short_for_is_left_out(make_model, monkeypatch):
+    compare = measure.compare_latency
+
+    def short(pair, *, batch, **options):
+        if batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compare(pair, batch=batch, **options)
+
+    monkeypatch.setattr(measure, "compare_latency", short)
+    plan = SimpleNamespace(loaded=SimpleNamespace(image_size=32), config=SimpleNamespace(**CONFIG))
+    warnings = []
+    found = measure.measure_latency(plan, torch.device("cpu"), make_model(), make_model(), warnings)
+    assert list(found) == ["1"]
+    assert warnings == ["latency, batch 64: out of memory; not measured, all else is there"]
+
+
+def test_the_gap_is_looked_at_in_parts_that_fit_into_memory(monkeypatch):
+    class Model:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __call__(self, pixel_values):
+            if len(pixel_values) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return SimpleNamespace(logits=self.factor * pixel_values)
+
+    score = measure.Score(0.5, 1.0, 7)
+    monkeypatch.setattr(measure, "evaluate", lambda models, *_, **__: {"search": score})
+    monkeypatch.setattr(measure, "plain_batches", lambda *_: [(torch.arange(7.0), None)])
+    plan = SimpleNamespace(data=SimpleNamespace(validation=None))
+    assert measure.measure_masked(plan, None, Model(1.0), Model(1.5))["gap"] == 3.0
