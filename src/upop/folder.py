@@ -172,8 +172,9 @@ class RunFolder:
                 # Only what a run leaves, by name: whatever else lies here is not ours to delete.
                 for name in FILES:
                     (self.path / name).unlink(missing_ok=True)
+                # What stays, such as checkpoints, would be taken for this run's.
                 for name in FOLDERS:
-                    shutil.rmtree(self.path / name, ignore_errors=True)
+                    _delete(self.path / name, quietly=False)
                 self.write_text(MARK, "A run of upop; `upop prune --overwrite` may replace what it wrote here.\n")
                 self.write_text("config.toml", config)
 
@@ -279,7 +280,7 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(f".*{OLDER}"):
         _put_back(path)
     for path in folder.glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        _delete(path)
 
 
 def _put_back(older: Path) -> None:
@@ -293,9 +294,17 @@ def _put_back(older: Path) -> None:
 def take_away(path: Path) -> None:
     """Remove a folder; it is out of sight first, so that a kill meanwhile leaves no half of it under its name."""
     gone = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(gone, ignore_errors=True)
+    _delete(gone)
     path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    _delete(gone)
+
+
+def _delete(path: Path, *, quietly: bool = True) -> None:
+    """Remove a file, a folder with all that is in it, or a link, not what it leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path, ignore_errors=quietly)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def measure_latency_table(
     if noise > MOST_NOISE:
         log.warning(
             "latency table: its times are uncertain by %.0f %%: the machine is busy, or slows down as it gets hot; "
-            "a target in latency may be missed by as much; measure again on a quiet machine, or for longer",
+            "a target in latency may be missed by as much; measure again on a quiet machine",
             100 * noise,
         )
     return replace(table, noise=noise)

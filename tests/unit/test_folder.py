@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from importlib import metadata
 from pathlib import Path
@@ -143,6 +144,32 @@ def test_claiming_empties_an_older_run_only(tmp_path):
     assert (tmp_path / "run/config.toml").read_text() == "a = 2\n"
     with pytest.raises(UpopError, match="already holds a run"):
         folder.check(overwrite=False)
+
+
+def test_claiming_and_tidying_take_links_away_and_not_what_they_lead_to(tmp_path):
+    folder, elsewhere = RunFolder(tmp_path / "run"), tmp_path / "large disk"
+    folder.claim("a = 1\n")
+    elsewhere.mkdir()
+    (elsewhere / "00000001").touch()
+    for emptied in (lambda: folder.claim("a = 2\n"), folder.tidy):
+        (tmp_path / "run/checkpoints").symlink_to(elsewhere)
+        emptied()
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {MARK, "config.toml"}
+    assert (elsewhere / "00000001").exists()
+
+
+def test_what_cannot_be_taken_away_is_not_left_for_the_next_run(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim("")
+    (tmp_path / "run/checkpoints").mkdir()
+
+    def fails(path, *, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.raises(UpopError, match="cannot be written"):
+        folder.claim("")
 
 
 def test_a_folder_of_someone_else_is_never_touched_whatever_its_files_are_called(tmp_path):
