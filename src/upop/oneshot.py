@@ -3,6 +3,7 @@
 Must not change weights, gradients or masks, and must not select: see `upop.ranking` for that.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from upop.compensate import Moments, evaluating, input_moments
 from upop.criteria import random_scores, weight_norms
 from upop.errors import TrainingError, UpopError, nearest
 from upop.masks import Masks
+from upop.memory import within_memory
 from upop.structures import Structure, linear
 
 Score = Literal["taylor", "gradient", "variance", "magnitude", "random"]
@@ -80,10 +82,9 @@ def _by_gradient(
     try:
         with evaluating(model), torch.enable_grad():
             for images, labels in batches:
-                output: Any = model(images)
-                loss = F.cross_entropy(getattr(output, "logits", output).float(), labels) * _weight(labels)
-                # Of the masks alone: weights need no gradient, and one that they have stays as it is.
-                gradients = [processes.mean_(g.double()) for g in torch.autograd.grad(loss, values)]
+                size, slopes = len(images), functools.partial(_slopes, model, values, images, labels, _weight(labels))
+                found, _ = within_memory(size, slopes, forget=lambda: None, retry=True, where="score", batch=size)
+                gradients = [processes.mean_(g) for g in found]
                 # Masks are 1, so that mask * gradient is the gradient.
                 terms = [-g.abs() if absolute else g for g in gradients]
                 total = [a + b for a, b in zip(total, terms, strict=True)] if total else terms
@@ -95,6 +96,20 @@ def _by_gradient(
     if bad := [name for name, value in scores.items() if not bool(value.isfinite().all())]:
         raise TrainingError(f"score: {bad[0]}: a mask gradient is NaN or infinite; rank in float32")
     return scores
+
+
+def _slopes(
+    model: nn.Module, masks: Sequence[Tensor], images: Tensor, labels: Tensor, weight: float, micro: int
+) -> list[Tensor]:
+    """Gradients, float64, of the mean loss over a batch times `weight`, `micro` images at a time."""
+    total: list[Tensor] = []
+    for x, y in zip(torch.split(images, micro), torch.split(labels, micro), strict=True):
+        output: Any = model(x)
+        loss = F.cross_entropy(getattr(output, "logits", output).float(), y) * (weight * len(x) / len(images))
+        # Of the masks alone: weights need no gradient, and one that they have stays as it is.
+        found = [g.double() for g in torch.autograd.grad(loss, masks)]
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+    return total
 
 
 def _weight(labels: Tensor) -> float:

@@ -53,6 +53,22 @@ def test_every_unit_gets_a_score_and_the_model_keeps_everything(model, batches, 
     select(structures, normalise(structures, found), 0.3 * prunable_cost(structures))
 
 
+@pytest.mark.parametrize("score", ["taylor", "gradient"])
+def test_where_memory_is_short_a_batch_is_ranked_in_parts_to_the_same_scores(batches, score):
+    model = make_stand_in(dtype=torch.float64)
+    structures, data = find_structures(model), [(x.double(), y) for x, y in batches]
+    whole = rank(model, structures, data, score=score)
+
+    def short(module, args):
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with model.register_forward_pre_hook(short):
+        found = rank(model, structures, data, score=score)
+    for name, value in whole.items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-9)  # the loss is in float32
+
+
 def test_gradient_is_the_slope_of_the_loss_when_a_mask_rises(batches):
     model = make_stand_in(dtype=torch.float64)
     structures, data = find_structures(model), [(x.double(), y) for x, y in batches]
