@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from peer_pruners import SETTINGS
 from peer_runs import UPOP, UPOP_ONCE, Job, Options
 
-from upop.folder import write_whole
+from upop.disk import write_whole
 from upop.version import code_version
 
 DEFAULT_SETTINGS = (

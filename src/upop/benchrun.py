@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from upop.bench import Bench, Cell, Row, Subject, judge, recorded_accuracy
+from upop.disk import write_whole
 from upop.errors import UpopError
 from upop.families import find_structures
-from upop.folder import provenance, weights_hash, write_whole
+from upop.folder import provenance, weights_hash
 from upop.meters import MIB, Meter, find_meter, peak_mib
 from upop.models import load_model
 from upop.plan import cpu_threads, device_type

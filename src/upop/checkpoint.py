@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from upop.disk import disk_errors, sweep, sync, take_away
 from upop.errors import UpopError, said
-from upop.folder import digest, disk_errors, sweep, sync, take_away
+from upop.folder import digest
 from upop.reading import read_json
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+from upop.disk import write_whole
 from upop.errors import UpopError
-from upop.folder import write_whole
 from upop.reading import read_json
 from upop.report.records import load_results
 

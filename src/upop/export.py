@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from upop.config import PruneConfig
 from upop.data import Batches, MemorySplit
+from upop.disk import disk_errors
 from upop.errors import ModelError, UpopError
 from upop.exporters import usage, write
-from upop.folder import disk_errors, provenance
+from upop.folder import provenance
 from upop.models import LoadedModel, load_model
 from upop.plan import read_data
 from upop.runtimes import INPUT, OUTPUT, check_choice, export_copy, onnx_session, quiet, require_onnx

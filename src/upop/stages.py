@@ -20,9 +20,10 @@ from upop.card import CARD, find_parent, model_card
 from upop.config import STAGES
 from upop.cutting import compensated, decided, one_shot
 from upop.data import Batches
+from upop.disk import spare
 from upop.errors import TrainingError, UpopError
 from upop.evaluation import evaluate
-from upop.folder import provenance, spare, weights_hash
+from upop.folder import provenance, weights_hash
 from upop.hook import SearchHook
 from upop.measure import (
     measure_latency,

@@ -17,9 +17,10 @@ from typing import Literal, Protocol
 from filelock import FileLock, Timeout
 
 from upop.config import command_line, given_values, is_given
+from upop.disk import write_whole
 from upop.errors import UpopError
 from upop.executors import Executor, Job, Outcome
-from upop.folder import weights_hash, write_whole
+from upop.folder import weights_hash
 from upop.reading import read_json
 from upop.run import Observer, Result, made_with_another, prune
 from upop.studyfile import DENSE, Study, StudyRun

@@ -181,7 +181,8 @@ def test_a_real_limit_on_the_size_of_files_is_one_line(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from upop.folder import RunFolder, write_whole
+from upop.disk import write_whole
+from upop.folder import RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from upop.cli.show import clock, out, quiet_libraries, table
+from upop.disk import disk_errors
 from upop.errors import UpopError
-from upop.folder import MARK, disk_errors
+from upop.folder import MARK
 
 PICTURE = "bench.png"
 

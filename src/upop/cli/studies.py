@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.text import Text
 
 from upop.cli.show import clock, out, quiet_libraries, table
+from upop.disk import write_whole
 from upop.errors import StopError, UpopError
-from upop.folder import write_whole
 
 if TYPE_CHECKING:
     from upop.studyfile import Study
