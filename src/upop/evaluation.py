@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upop import processes
 from upop.data import Batches
-from upop.memory import within_memory
+from upop.memory import in_parts
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ def _evaluate(
         return sums
 
     # Nothing is asked of other processes before the end: each may go at its own pace.
-    sums, _ = within_memory(
-        batches.batch_size, sums_in, forget=lambda: None, retry=True, where="evaluate", batch=batches.batch_size
-    )
+    sums = in_parts(batches.batch_size, sums_in, where="evaluate")
     for name, model in models.items():
         model.train(training[name])
     result = {}

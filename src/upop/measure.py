@@ -22,7 +22,7 @@ from upop.errors import UpopError
 from upop.evaluation import Score, evaluate
 from upop.families import find_structures
 from upop.folder import recorded
-from upop.memory import left_out, within_memory
+from upop.memory import in_parts, left_out
 from upop.models import fit_head_, load_model
 from upop.plan import Plan, device_type, make_accelerator, make_batches, read_data, set_attention
 from upop.profiling import compare_latency, count_macs, count_params, time_in_turns
@@ -105,8 +105,7 @@ def measure_masked(plan: Plan, accelerator: Accelerator, masked: nn.Module, smal
         ]
         return max(float((a.logits - b.logits).abs().max()) for a, b in pairs)
 
-    size = len(images)
-    gap, _ = within_memory(size, gap_in, forget=lambda: None, retry=True, where="evaluate", batch=size)
+    gap = in_parts(len(images), gap_in, where="evaluate")
     return {"accuracy": score.accuracy, "loss": score.loss, "gap": gap}
 
 
@@ -198,16 +197,18 @@ def chance_warnings(accuracy: Mapping[str, Mapping[str, float]], labels: Tensor)
     low = {stage: found["validation"] for stage, found in accuracy.items() if found["validation"] < limit}
     lines = []
     for stage, value in low.items():
-        found_to_be = f"{stage}: validation accuracy {value:.3f} "
+        found = f"{stage}: validation accuracy {value:.3f}"
         if value > chance + 0.2 * (1 - chance):
-            images = f"{len(labels)} images"
-            lines.append(f"{found_to_be}cannot be told from guessing ({chance:.3f}) with {images}; hold out more")
-            continue
-        found_to_be += f"is at chance ({chance:.3f}); "
-        if stage == "dense":
+            lines.append(
+                f"{found} cannot be told from guessing ({chance:.3f}) with {len(labels)} images; hold out more"
+            )
+        elif stage == "dense":
             # What comes after a dense model that knows nothing cannot be judged.
-            return [found_to_be + "the dense model is not trained, or not for these classes in this order"]
-        lines.append(found_to_be + "the model has collapsed: remove less, or retrain for longer")
+            untrained = "the dense model is not trained, or not for these classes in this order"
+            return [f"{found} is at chance ({chance:.3f}); {untrained}"]
+        else:
+            collapsed = "the model has collapsed: remove less, or retrain for longer"
+            lines.append(f"{found} is at chance ({chance:.3f}); {collapsed}")
     return lines
 
 

@@ -16,7 +16,7 @@ from upop.compensate import Moments, evaluating, input_moments
 from upop.criteria import random_scores, weight_norms
 from upop.errors import TrainingError, UpopError, nearest
 from upop.masks import Masks
-from upop.memory import within_memory
+from upop.memory import in_parts
 from upop.structures import Structure, linear
 
 Score = Literal["taylor", "gradient", "variance", "magnitude", "random"]
@@ -82,9 +82,8 @@ def _by_gradient(
     try:
         with evaluating(model), torch.enable_grad():
             for images, labels in batches:
-                size, slopes = len(images), functools.partial(_slopes, model, values, images, labels, _weight(labels))
-                found, _ = within_memory(size, slopes, forget=lambda: None, retry=True, where="score", batch=size)
-                gradients = [processes.mean_(g) for g in found]
+                slopes = functools.partial(_slopes, model, values, images, labels, _weight(labels))
+                gradients = [processes.mean_(g) for g in in_parts(len(images), slopes, where="score")]
                 # Masks are 1, so that mask * gradient is the gradient.
                 terms = [-g.abs() if absolute else g for g in gradients]
                 total = [a + b for a, b in zip(total, terms, strict=True)] if total else terms

@@ -20,9 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from upop.benchrun import FILE
+from upop.collect import KEEP
 from upop.data import Augment, Batches, DataError, ImageData, MemorySplit, Split, StreamSplit, load_data
+from upop.data.folders import OURS
 from upop.data.rows import _mapped
 from upop.data.splits import cut
+from upop.folder import MARK
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 ALL_PARTS = ("train", "validation", "test")
@@ -363,6 +367,10 @@ def test_image_folder_takes_nested_folders_and_ignores_what_systems_leave_behind
         (root / name).write_text("not an image")
     data = load_data(str(root), validation=2)
     assert sum(len(split) for split in parts(data).values()) == 20
+
+
+def test_what_upop_leaves_is_known_by_the_names_that_it_has() -> None:
+    assert OURS == (MARK, KEEP, FILE)
 
 
 @pytest.mark.parametrize("layout", ["", "train"])

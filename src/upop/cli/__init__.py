@@ -15,6 +15,7 @@ import typer
 from upop import __version__
 from upop.allocator import keep_freed_memory
 from upop.cli import bench, export, push, studies, view
+from upop.cli.checks import check_split
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
 from upop.config import ConfigError, PruneConfig, load_config, make_config, parse_align
 from upop.errors import STOPPED, StopError, UpopError
@@ -248,8 +249,7 @@ def evaluate(
     values = {"model": model, "data": data, "batch_size": batch_size, "device": device, "skip_bad": skip_bad}
     optional = {"validation": validation, "subset": subset}
     config = make_config(values | {key: value for key, value in optional.items() if value is not None})
-    if split not in ("validation", "test"):
-        raise UpopError(f"--split: expected validation or test, got {split!r}")
+    check_split(split)
     quiet_libraries()
     from upop.measure import evaluate_model
     from upop.targets import amount

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from upop.cli.checks import check_split
 from upop.cli.show import out as console
 from upop.cli.show import quiet_libraries
 from upop.config import make_config
@@ -34,8 +35,7 @@ def export(
 
     Example: upop export runs/half/model --out deploy/half --variant int8 --data cifar10
     """
-    if split not in ("validation", "test"):
-        raise UpopError(f"--split: expected validation or test, got {split!r}")
+    check_split(split)
     if subset is not None and data is None:
         raise UpopError("--subset: is of the images to check the file on; say --data too")
     given = {"model": model, "data": data or "none"} | ({} if subset is None else {"subset": subset})

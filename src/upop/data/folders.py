@@ -14,6 +14,7 @@ import numpy as np
 from upop.data.items import FileItems, Pixels
 from upop.data.listing import Listing, by_split, key_of, split_of
 from upop.errors import DataError, one_line
+from upop.folder import MARK
 
 SUFFIXES = frozenset(
     [
@@ -39,7 +40,7 @@ SUFFIXES = frozenset(
 # What Windows and network drives leave there; hidden files are ignored as well.
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "@eadir", "@__thumb", "#recycle", "@recycle"})
 # What upop leaves in folders of its own.
-OURS = (".upop-run", "study.json", "bench.json")
+OURS = (MARK, "study.json", "bench.json")
 CIFAR_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 CIFAR_FILES = (*CIFAR_TRAIN, "test_batch", "batches.meta")
 

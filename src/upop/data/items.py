@@ -186,10 +186,8 @@ def decode_all(items: Items, size: Size, *, skip_bad: bool) -> tuple[Pixels, Int
     """
     pixels: Pixels | None = None
     bad: list[int] = []
-    for index, image in _decoded(items, size):
+    for index, image in _decoded(items, size, skip_bad=skip_bad):
         if isinstance(image, DataError):
-            if not skip_bad:
-                raise image
             bad.append(index)
             continue
         if pixels is None:
@@ -204,25 +202,27 @@ def decode_all(items: Items, size: Size, *, skip_bad: bool) -> tuple[Pixels, Int
 
 def find_bad(items: Items, *, skip_bad: bool) -> Ints:
     """Positions of broken images; reads and decodes everything, keeps nothing. Without `skip_bad` as `decode_all`."""
-    bad: list[int] = []
     # To a pixel: those that wait for their turn take no memory.
-    for index, image in _decoded(items, Square(1, 1)):
-        if isinstance(image, DataError):
-            if not skip_bad:
-                raise image
-            bad.append(index)
+    decoded = _decoded(items, Square(1, 1), skip_bad=skip_bad)
+    bad = [index for index, image in decoded if isinstance(image, DataError)]
     return np.array(bad, dtype=np.int64)
 
 
-def _decoded(items: Items, size: Size) -> Iterator[tuple[int, Pixels | DataError]]:
-    """(index, pixels or what is wrong) in order, decoded by a few threads: Pillow frees the interpreter."""
+def _decoded(items: Items, size: Size, *, skip_bad: bool) -> Iterator[tuple[int, Pixels | DataError]]:
+    """(index, pixels or what is wrong) in order, decoded by a few threads: Pillow frees the interpreter.
+
+    Without `skip_bad` what is wrong is raised.
+    """
 
     def task(start: int) -> list[Pixels | DataError]:
         stop = min(start + TASK, len(items))
         return [_decode_or_error(items, index, size) for index in range(start, stop)]
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        yield from enumerate(_ordered(pool, task, len(items)))
+        for index, image in enumerate(_ordered(pool, task, len(items))):
+            if isinstance(image, DataError) and not skip_bad:
+                raise image
+            yield index, image
 
 
 def _ordered(
