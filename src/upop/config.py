@@ -329,13 +329,15 @@ class PruneConfig(BaseModel):
         rate that the later stages, whose model is trained by then, must not keep. What depends on the model's units or
         the number of steps (`sparsity_mlp`, `lr_mask`) the plan fills in.
         """
+        from upop.devices import has_bf16  # torch, which to read a configuration needs not
+
         # What Muon has trained here loses less where Muon trains it again; fine-tuning is to be gentle all the same.
         muon = not trained or (trained_by == "muon" and not self.has("dense"))
         optimizer = self.optimizer or ("muon" if muon else "adamw")
         gentle = {"adamw": 5e-5, "muon": 5e-3}[optimizer]
         lr = self.lr or (gentle if trained else {"adamw": 1e-3, "muon": 0.02}[optimizer])
         lr_retrain = self.lr_retrain or (lr if trained else lr / 4)
-        fast = "bf16" if _has_bf16(device_type) else "fp32"
+        fast = "bf16" if has_bf16(device_type) else "fp32"
         precision = fast if self.precision == "auto" else self.precision
         # A training step on CPUs at 17 to 197 tokens: in bfloat16 eager takes 0.6 to 0.8 of the time of sdpa, whose
         # backward is slow; in float32 sdpa is a few per cent faster (benchmarks/attention.py).
@@ -440,12 +442,3 @@ def load_config(path: Path) -> dict[str, Any]:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
         raise ConfigError(f'{path}: expected TOML such as model = "deit-tiny-cifar" ({what})') from None
     return values
-
-
-def _has_bf16(device_type: str) -> bool:
-    """Whether the hardware computes in bfloat16 itself; where it is emulated, autocast is slower than float32."""
-    import torch
-
-    if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upop.devices import has_bf16
+
 TOGETHER = 2**25  # elements of a batch, padding included: 64 MiB
 
 
@@ -52,14 +54,16 @@ class Muon(torch.optim.Muon):
 def orthogonalised(
     matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> list[Tensor]:
-    """Of each matrix [r, c] U S V^T with S near 1, by so many Newton-Schulz iterations of degree five in bfloat16.
+    """Of each matrix [r, c] U S V^T with S near 1, by so many Newton-Schulz iterations of degree five.
 
-    In one batch: smaller ones are padded by rows and columns of zeros, which stay zero and change nothing else.
+    In bfloat16 where the hardware has it: a CPU that has not takes ten times as long for it as for float32. In one
+    batch: smaller ones are padded by rows and columns of zeros, which stay zero and change nothing else.
     """
     a, b, c = coefficients
     wide = [matrix.mT if matrix.size(0) > matrix.size(1) else matrix for matrix in matrices]
     rows, columns = (max(matrix.size(axis) for matrix in wide) for axis in (0, 1))
-    batch = wide[0].new_zeros(len(wide), rows, columns, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if has_bf16(wide[0].device.type) else torch.float32
+    batch = wide[0].new_zeros(len(wide), rows, columns, dtype=dtype)
     torch._foreach_copy_([place[: m.size(0), : m.size(1)] for place, m in zip(batch, wide, strict=True)], wide)
     # No singular value above 1, where the iteration would diverge.
     batch = batch / batch.norm(dim=(1, 2), keepdim=True).clamp(min=eps)

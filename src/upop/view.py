@@ -29,7 +29,9 @@ from upop.structures import widths
 
 TOP = 5
 MOST_BYTES = 32 * 2**20  # of an uploaded file
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
+# Pillow before 11.3 does not even know the name.
+HAS_AVIF = "avif" in features.modules and features.check("avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if HAS_AVIF else []))
 SAMPLES = 12
 SAMPLE_SIZE = 224  # pixels of a side, of images of many sizes
 # Kinds of the same units, whose bars have one scale.

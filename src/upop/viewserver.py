@@ -4,12 +4,14 @@ Listens on 127.0.0.1 only; answers only requests that name this host (or a web s
 here) and come from its own page. Serves a page, some sample images and predictions; no path is a file's.
 """
 
+import contextlib
 import functools
 import http.server
 import json
 import logging
 import re
 import secrets
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -59,17 +61,36 @@ class ViewServer(http.server.ThreadingHTTPServer):
     Raises UpopError where the port is taken.
     """
 
-    daemon_threads = True
+    # A thread that is inside torch when the interpreter goes takes the process down with it.
+    daemon_threads = False
 
     def __init__(self, models: Sequence[Viewed], samples: Sequence[tuple[str, bytes]] = (), *, port: int = 0) -> None:
         self.models, self.samples = tuple(models), tuple(samples)
         # One at a time: passes that run together are not timed.
         self._turn = threading.Lock()
+        self._open: set[Any] = set()
+        self._ending = False
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UpopError(f"port {port}: cannot be used ({reason}); choose another, or 0 for any") from error
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Hang up, let the pass that runs come to its end, and answer no more."""
+        self._ending = True
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):  # gone by itself
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What a connection ends with outside of an answer: nothing where the browser broke it off."""
@@ -111,6 +132,8 @@ class ViewServer(http.server.ThreadingHTTPServer):
         try:
             image = read_image(body)
             with self._turn:
+                if self._ending:
+                    raise RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "upop view has ended")
                 found = predict(self.models, image)
         except UpopError as error:
             raise RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error

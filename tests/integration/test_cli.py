@@ -14,8 +14,8 @@ from PIL import Image
 from upop import cli
 
 QUICK = [
-    *("--model", "deit-digits", "--data", "digits", "--subset", "300"),
-    *("--epochs-dense", "1", "--epochs-search", "1", "--epochs-retrain", "1"),
+    *("--model", "deit-digits-2layers", "--data", "digits", "--subset", "300"),
+    *("--epochs-dense", "1", "--epochs-search", "1", "--epochs-retrain", "1", "--latency-seconds", "0.05"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_analyze_shows_units_costs_and_the_reachable_range(upop):
 def test_dry_run_prints_the_plan_and_leaves_nothing(upop, tmp_path):
     code, text, _ = upop("prune", *QUICK, "--dry-run", "--out", "planned")
     assert code == 0
-    for fact in ("parameters: 454,954 -> 227,477", "dense 2 steps", "images: digits: train 300", "lr_search = 0.0025"):
+    for fact in ("parameters: 231,274 -> 115,637", "dense 2 steps", "images: digits: train 300", "lr_search = 0.0025"):
         assert fact in text
     assert list(tmp_path.iterdir()) == []
 
@@ -273,11 +273,16 @@ def test_debug_shows_where_an_error_came_from(monkeypatch):
 
 
 def test_the_installed_command_works_without_a_terminal(tmp_path):
-    command = [sys.executable, "-m", "upop.cli", "analyze", "deit-digits"]
+    program = "import atexit, runpy, sys; atexit.register(lambda: print('brought', *sys.modules)); "
+    program += "runpy.run_module('upop.cli', run_name='__main__')"
+    command = [sys.executable, "-c", program, "analyze", "deit-digits"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0
     assert "parameters" in done.stdout
     assert done.stderr == ""
+    # What a command has no use for, nobody is to wait for.
+    brought = done.stdout.partition("brought ")[2].split()
+    assert not {"datasets", "pandas", "matplotlib", "onnx", "plotly"} & set(brought)
 
 
 def test_the_demo_is_a_valid_run():
@@ -384,7 +389,7 @@ def test_a_run_is_taken_up_where_its_paths_lead_somewhere(upop, refused, tmp_pat
     stop = "import os, signal; from upop.observer import Nobody as N; from upop import run\n"
     stop += "N.progress = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
     stop += "run.prune(run.make_config(dict(model='deit-digits', data='photos', out='half way', stages='dense', "
-    stop += "epochs_dense=9, batch_size=8)))"
+    stop += "epochs_dense=9, batch_size=8, latency_seconds=0.05)))"
     assert subprocess.run([sys.executable, "-c", stop], capture_output=True, check=False).returncode != 0
     _, _, message = upop("prune", "--model", "deit-digits", "--data", "photos", "--out", "half way")
     assert "go on with --resume 'half way', or start over" in message

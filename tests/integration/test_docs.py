@@ -29,7 +29,6 @@ COMMANDS = typer.main.get_command(cli.app).commands
 
 # (page, first line of the block) -> why it is not run.
 NOT_RUN = {
-    ("README.md", "src/upop/"): "a map of the repository",
     ("docs/data.md", "photos/"): "a folder, drawn",
     (
         "docs/quickstart.md",

@@ -18,9 +18,10 @@ QUICK = {
     "epochs_dense": 3,
     "epochs_search": 1,
     "epochs_retrain": 1,
-    "batch_size": 64,
-    "subset": 640,
+    "batch_size": 32,
+    "subset": 320,
     "flip": False,
+    "latency_seconds": 0.05,
 }
 
 

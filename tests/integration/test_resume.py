@@ -31,8 +31,8 @@ OPTIONS = {
     "epochs_dense": 2,
     "epochs_search": 1.5,
     "epochs_retrain": 1,
-    "batch_size": 64,
-    "subset": 512,
+    "batch_size": 32,
+    "subset": 256,
     "flip": False,
     "threads": 1,
     "latency_seconds": 0.02,
@@ -485,15 +485,15 @@ def test_a_run_short_of_memory_says_what_it_did(tmp_path, monkeypatch, caplog):
     whole_batch = train._Passes._whole
 
     def short(self, images, labels, in_all, micro):
-        if micro > 20:
+        if micro > 10:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole_batch(self, images, labels, in_all, micro)
 
     monkeypatch.setattr(train._Passes, "_whole", short)
     result = prune(make_config({**OPTIONS, "epochs_dense": 1, "epochs_retrain": 0.5, "out": str(tmp_path / "run")}))
-    assert {each["micro_batch"] for each in result["training"].values()} == {16}
-    assert "dense: memory ran out; micro-batches of 16 images, the same steps" in result["warnings"]
-    assert "step 1: out of memory with 64 images at a time; going on with 32, same batch" in caplog.text
+    assert {each["micro_batch"] for each in result["training"].values()} == {8}
+    assert "dense: memory ran out; micro-batches of 8 images, the same steps" in result["warnings"]
+    assert "step 1: out of memory with 32 images at a time; going on with 16, same batch" in caplog.text
     assert "memory" in (tmp_path / "run/log").read_text()
 
 

@@ -21,14 +21,16 @@ seeds = [0]
 [dense]
 model = "deit-digits-2layers"
 epochs_dense = 2
-batch_size = 64
+batch_size = 32
+subset = 400
 flip = false
 threads = 1
 [base]
 data = "digits"
 epochs_search = 0.5
 epochs_retrain = 0.5
-batch_size = 64
+batch_size = 32
+subset = 400
 flip = false
 lr = 1e-3
 threads = 1

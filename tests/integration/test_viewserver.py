@@ -311,6 +311,18 @@ HEEDING_CTRL_C = (
 )
 
 
+def asks_on(port, first):
+    """One prediction after another, for as long as somebody answers; `first` says that one was made."""
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection,
+    ):
+        while True:
+            connection.request("POST", "/predict", picture())
+            connection.getresponse().read()
+            first.set()
+
+
 def test_the_command_says_where_the_page_is_and_ends_on_ctrl_c(run):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", HEEDING_CTRL_C, "view", str(run)]
@@ -330,6 +342,10 @@ def test_the_command_says_where_the_page_is_and_ends_on_ctrl_c(run):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             connection.request("GET", "/")
             assert b"What do dense and pruned see?" in connection.getresponse().read()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+            # The page stays open, and its pictures are being looked at.
+            first = threading.Event()
+            threading.Thread(target=asks_on, args=(port, first), daemon=True).start()
+            assert first.wait(60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
         assert process.stderr.read() == ""

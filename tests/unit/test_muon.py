@@ -67,6 +67,26 @@ def test_an_update_has_singular_values_near_one():
         assert values.median() > 0.6
 
 
+def in_float64(matrix):
+    """Newton-Schulz, written down once more."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = COEFFICIENTS[0] * x + (COEFFICIENTS[1] * a + COEFFICIENTS[2] * a @ a) @ x
+    return x
+
+
+@pytest.mark.parametrize(("has_bf16", "off"), [(True, 0.05), (False, 1e-5)])
+def test_bfloat16_is_for_hardware_that_computes_in_it(monkeypatch, has_bf16, off):
+    """Where it is emulated, it is ten times as slow as float32, not faster."""
+    monkeypatch.setattr("upop.muon.has_bf16", {"cpu": has_bf16}.get)
+    matrix = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
+    (update,) = orthogonalised([matrix], COEFFICIENTS, steps=5, eps=1e-7)
+    error = float((update - in_float64(matrix)).abs().max())
+    assert error <= off
+    assert has_bf16 == (error > 1e-5)
+
+
 def test_matrices_of_different_shapes_do_not_change_each_other():
     source = torch.Generator().manual_seed(0)
     some = [torch.randn(shape, generator=source) for shape in ((12, 12), (12, 30), (30, 12), (1, 12), (5, 40))]

@@ -1,4 +1,4 @@
-"""Every number in README's results comes from a result that is checked in."""
+"""Every number in README's results, and on their page, comes from a result that is checked in."""
 
 import importlib.util
 import re
@@ -12,16 +12,17 @@ from upop.report.page import build, load_results
 
 ROOT = Path(__file__).parents[2]
 CLAIMS = ROOT / "results/claims"
+PAGE = ROOT / "docs/results.md"
 METHODS = ("upop", "progressive", "unified", "mask", "magnitude")
 
 
 def spread(values):
-    """Mean and standard deviation in per cent, as README says them."""
+    """Mean and standard deviation in per cent, as the page says them."""
     return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def claims_block(folder):
-    """README's tables of the claims study, between its two markers."""
+    """The page's tables of the claims study."""
     results = load_results(folder)
     groups = {(g.method, g.target): g.runs for g in results.groups if not g.variant}
     targets = sorted({target for _, target in groups if target.startswith("prunable")})
@@ -46,14 +47,26 @@ def claims_block(folder):
     return "\n".join(lines)
 
 
-def test_the_claims_in_readme_are_those_of_the_results():
-    _, _, rest = (ROOT / "README.md").read_text().partition("<!-- claims: begin -->\n")
-    assert rest.partition("<!-- claims: end -->")[0].strip() == claims_block(CLAIMS)
+def verdicts(folder):
+    """README's table: what became of each claim, without its differences."""
+    lines = ["| claim | verdict |", "|---|---|"]
+    return "\n".join(lines + [f"| {v['text']} | {v['verdict']} |" for v in build(folder).facts["verdicts"].values()])
 
 
-def test_readme_says_how_many_tests_there_are():
+def between(page, name):
+    """What stands between two markers."""
+    _, _, rest = page.read_text().partition(f"<!-- {name}: begin -->\n")
+    return rest.partition(f"<!-- {name}: end -->")[0].strip()
+
+
+def test_the_claims_are_those_of_the_results():
+    assert between(PAGE, "claims") == claims_block(CLAIMS)
+    assert between(ROOT / "README.md", "verdicts") == verdicts(CLAIMS)
+
+
+def test_the_page_says_how_many_tests_there_are():
     pattern = r"(\d+) different paired t tests .*?(\d+) more at single ratios"
-    said, there = (re.findall(pattern, path.read_text()) for path in (ROOT / "README.md", CLAIMS / "report.md"))
+    said, there = (re.findall(pattern, path.read_text()) for path in (PAGE, CLAIMS / "report.md"))
     assert len(said) == 1
     assert said == there
 
@@ -67,11 +80,9 @@ def overview(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("start", ["again", "claims"])
+@pytest.mark.parametrize("start", ["again", "short", "claims"])
 def test_the_numbers_of_all_tools_are_those_of_the_results(overview, start):
-    page = ROOT / overview.STARTS[start].page
-    _, _, rest = page.read_text().partition("<!-- numbers: begin -->\n")
-    assert rest.partition("<!-- numbers: end -->")[0].strip() == overview.table(overview.STARTS[start])
+    assert between(ROOT / overview.STARTS[start].page, "numbers") == overview.table(overview.STARTS[start])
 
 
 def test_seeds_of_two_digits_are_seeds_too(overview, monkeypatch, tmp_path):

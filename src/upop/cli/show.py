@@ -199,9 +199,6 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # Local folders and parquet files are read without it.
-    with contextlib.suppress(ImportError):
-        from datasets.utils.logging import disable_progress_bar, set_verbosity_error
-
-        set_verbosity_error()
-        disable_progress_bar()
+    # Told before it is imported, which takes a second, and which most commands need not.
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
