@@ -65,7 +65,7 @@ class Session:
             self.seconds, self.notes = dict(state["seconds"]), list(state["notes"])
             size, stage, step = state["metrics_size"], state["stage"], state["fit"] and state["fit"]["tally"]["step"]
             [*STAGES, "evaluate"].index(stage)
-            before = int(state["processes"])
+            before, computed_in = int(state["processes"]), str(state["computed_in"])
         processes.same_as_first(f"{self.folder.path / CHECKPOINTS}: stage and step", [stage, step])
         self.folder.cut("metrics.jsonl", size)
         self.folder.sweep()
@@ -77,6 +77,12 @@ class Session:
                 f"{stage}: begun in {before} process(es), went on in {processes.count()}: the same batches, rounded "
                 "in another way"
             )
+        if computed_in != self._computes_in:
+            self.notes.append(f"{stage}: begun in {computed_in}, went on in {self._computes_in}: rounded in another way")
+
+    @property
+    def _computes_in(self) -> str:
+        return f"{self.plan.config.precision} on {self.plan.config.device}"
 
     def keep(self, stage: str, **more: Any) -> None:
         """Write a checkpoint of `stage`: before a step with `fit`, `model` and more, or before it begins."""
@@ -85,6 +91,7 @@ class Session:
         state = {
             "stage": stage,
             "processes": processes.count(),
+            "computed_in": self._computes_in,
             **self.plan.identity(),
             "config": self.plan.given.model_dump(),
             "command": self.command,

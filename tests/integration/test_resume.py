@@ -497,6 +497,17 @@ def test_a_run_short_of_memory_says_what_it_did(tmp_path, monkeypatch, caplog):
     assert "memory" in (tmp_path / "run/log").read_text()
 
 
+def test_a_run_that_goes_on_in_another_number_format_says_so(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    options = {**OPTIONS, "stages": "dense", "epochs_dense": 0.5, "subset": 128, "out": str(out)}
+    monkeypatch.setattr("upop.devices.has_bf16", lambda device: True)
+    with pytest.raises(MemoryError):
+        prune(make_config(options), observer=Breaks("dense", 1))
+    monkeypatch.setattr("upop.devices.has_bf16", lambda device: False)
+    (note,) = (line for line in resume(out)["warnings"] if "went on in" in line)
+    assert note == "dense: begun in bf16 on cpu, went on in fp32 on cpu: rounded in another way"
+
+
 def test_a_run_that_was_killed_after_its_last_word_is_tidied_by_resume(tmp_path):
     folder = tmp_path / "run"
     for name in ("checkpoints/00000001", "last-good"):
