@@ -77,8 +77,8 @@ class Session:
                 f"{stage}: begun in {before} process(es), went on in {processes.count()}: the same batches, rounded "
                 "in another way"
             )
-        if computed_in != self._computes_in:
-            self.notes.append(f"{stage}: begun in {computed_in}, went on in {self._computes_in}: rounded in another way")
+        if computed_in != (now := self._computes_in):
+            self.notes.append(f"{stage}: begun in {computed_in}, went on in {now}: rounded in another way")
 
     @property
     def _computes_in(self) -> str:
