@@ -199,7 +199,9 @@ def test_the_public_names_are_these():
     assert all(hasattr(upop, name) for name in upop.__all__)
 
 
-@pytest.mark.parametrize(("module", "decides"), [("analysis", True), ("search", True), ("report/claims", False)])
+@pytest.mark.parametrize(
+    ("module", "decides"), [("analysis", True), ("search", True), ("report/claims", False), ("disk", False)]
+)
 def test_the_version_of_the_code_follows_what_decides_results_alone(tmp_path, module, decides):
     shutil.copytree(ROOT, tmp_path / "upop", ignore=shutil.ignore_patterns("__pycache__"))
     version = code_version.__wrapped__  # it looks once a folder
