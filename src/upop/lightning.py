@@ -99,6 +99,9 @@ class SearchCallback(Callback):  # type: ignore[misc]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Take the search one step further: gradients of all micro-batches are there, and none is clipped yet."""
         drive = self._driven()
+        if drive.search.steps_done > trainer.global_step:
+            drive.search.clear()  # LBFGS asks for gradients several times a step
+            return
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]) and drive.saw_nothing:
             drive.search.skip()  # training_step() returned None, as Lightning lets it: there was no backward
             return

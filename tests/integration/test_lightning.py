@@ -236,6 +236,21 @@ def test_a_step_without_a_loss_counts_and_adds_nothing(model, fit):
     assert sum(p.numel() for p in callback.slim().parameters()) < 0.52 * sum(p.numel() for p in model.parameters())
 
 
+def test_an_optimizer_that_asks_for_gradients_several_times_a_step_takes_the_search_one_step_further(model, fit):
+    seen = []
+
+    class Newton(Module):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+        def on_train_batch_end(self, outputs, batch, index):
+            seen.append((self.trainer.global_step, callback.search.steps_done))
+
+    callback = SearchCallback(target=HALF)
+    fit(model, callback, module=Newton)
+    assert seen == [(step, step) for step in range(1, STEPS + 1)]
+
+
 def test_a_model_that_is_not_the_one_in_use_is_found_out_all_the_same(model, fit):
     class Other(Module):
         def __init__(self, model):
