@@ -144,6 +144,8 @@ def adopt_(model: nn.Module) -> None:
     config.__class__ = pruned.config_class
     config.architectures = [pruned.__name__]
     stock.__class__ = pruned
+    # What a class can return besides (hidden states, attentions) transformers notes when a model of it is made.
+    transformers.PreTrainedModel.__init__(pruned.__new__(pruned), copy.deepcopy(config))
     # By now the model code is imported.
     modeling_upop._register_models(pruned.config_class.__base__)
 

@@ -57,6 +57,19 @@ assert "upop" not in sys.modules
 (root / "labels.json").write_text(json.dumps(labels))
 """
 
+MORE_OUTPUTS = """
+import torch
+from family_models import HF, make_hf
+import upop
+from upop.families import find_structures
+
+for name in HF:
+    model = make_hf(name, attention="eager")
+    small = upop.slim(model, {s.name: torch.arange(s.units) < 9 for s in find_structures(model)})
+    found = small(torch.zeros(1, 3, 32, 32), output_hidden_states=True, output_attentions=True)
+    print(name, len(found.hidden_states or ()), len(found.attentions or ()))
+"""
+
 
 def random_model(name, **config):
     model = make_hf(name, **config)
@@ -383,3 +396,9 @@ def test_bad_widths_of_a_composite_config_are_refused_by_name(random_lanes, tmp_
         upop.from_pretrained(folder)
     assert "\n" not in str(refused.value)
     shutil.rmtree(folder)
+
+
+def test_slimmed_models_give_their_hidden_states_and_attentions_before_any_was_loaded():
+    run = [sys.executable, "-c", MORE_OUTPUTS]
+    found = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent, check=True)
+    assert found.stdout.splitlines() == [f"{name} 3 2" for name in HF]
