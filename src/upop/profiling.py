@@ -102,7 +102,7 @@ def _count_flops(model: nn.Module, image_size: int | None, channels: int | None)
     """A weightless copy of `model`, and what was counted in its forward pass of one image."""
     height, width = _stated_image_size(model) if image_size is None else (image_size, image_size)
     ghost = _on_meta(model).eval()
-    planes = _own_channels(model) if channels is None else channels
+    planes = own_channels(model) if channels is None else channels
     images = torch.empty(1, planes, height, width, dtype=_weights(model).dtype, device="meta")
     # On the meta device: for CPU tensors the counter does not see scaled_dot_product_attention.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -110,7 +110,7 @@ def _count_flops(model: nn.Module, image_size: int | None, channels: int | None)
     return ghost, counter
 
 
-def _own_channels(model: nn.Module) -> int:
+def own_channels(model: nn.Module) -> int:
     """Of the images that the first convolution, that of the patch embedding, takes; 3 without one."""
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 

@@ -16,7 +16,7 @@ from upop.errors import UpopError
 from upop.families import find_structures
 from upop.latency import LatencyTable, latency_cost
 from upop.methods import DEFAULT_KINDS
-from upop.profiling import time_in_turns
+from upop.profiling import own_channels, time_in_turns
 from upop.ranking import NO_ALIGNMENT
 from upop.runtimes import make_runner
 from upop.slim import slim
@@ -52,7 +52,8 @@ def measure_latency_table(
         raise UpopError(f"latency: expected a batch of 1 image or more, got {batch}")
     found = find_structures(model, structures)
     kinds = list(dict.fromkeys(s.kind for s in found))
-    images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    size = (batch, own_channels(model), image_size, image_size)
+    images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     noise = 0.0
     # By what is kept: of few heads, or in coarse steps, several fractions may come to one width, or to all of it.
     widths: dict[str, dict[float, dict[str, Tensor]]] = {}

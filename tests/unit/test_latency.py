@@ -65,6 +65,11 @@ def test_while_one_kind_is_narrowed_the_other_is_whole_though_its_width_may_be_n
     assert seen.count({"mlp"}) > 1
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_is_timed_on_images_of_the_channels_that_it_takes(make_model, channels):
+    assert table_of(make_model(num_channels=channels, width=16), seconds=0.01).dense_ms > 0
+
+
 @pytest.mark.parametrize("kinds", [("attn", "mlp"), ("dims", "mlp"), ("qk", "v", "mlp")])
 def test_the_table_tells_the_time_of_any_widths(make_model, random_lanes, machine, kinds):
     model = make_model(layers=4, heads=2, width=128)
