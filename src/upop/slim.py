@@ -6,7 +6,7 @@ Must not know how `keep` was decided, and must not touch the model it is given.
 import copy
 from types import FunctionType
 
-from torch import nn
+from torch import Tensor, nn
 
 from upop.errors import ModelError
 from upop.families import find_family, find_structures
@@ -41,6 +41,9 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     # Masks may be attached to the original; the copy must not carry them over.
     masked = [m for s in structures for port in s.producers if "forward" in (m := linear(model, port.path)).__dict__]
     memo |= {id(module.__dict__["forward"]): None for module in masked}
+    # What a hook has kept of the last forward can neither be copied nor be of use to the copy.
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo |= {id(value): None for value in held if value.grad_fn is not None}
     small = copy.deepcopy(model, memo)
     for mark in ACCELERATE_MARKS:
         vars(small).pop(mark, None)

@@ -201,6 +201,20 @@ def test_what_accelerate_left_on_the_model_does_not_follow_into_the_smaller_one(
     assert small(images()).logits.dtype == torch.float32, "no precision of another loop's choosing"
 
 
+def test_what_a_hook_keeps_of_the_last_forward_does_not_stand_in_the_way(make_model, images, logits_of, random_keep):
+    model = make_model()
+    keep = random_keep(find_structures(model))
+    expected = logits_of(upop.slim(model, keep), images())
+    layer = model.vit.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: setattr(module, "seen", output))
+    model(images()).logits.sum().backward()
+    seen = layer.seen
+    small = upop.slim(model, keep)
+    assert small.vit.layers[0].seen is None
+    assert layer.seen is seen
+    assert torch.equal(logits_of(small, images()), expected)
+
+
 @pytest.mark.parametrize("path", ["vit.layers.0.attention", "vit.layers.1.mlp.fc1", ""])
 def test_a_forward_that_somebody_put_there_is_refused_by_its_path(make_model, path):
     model = make_model()
