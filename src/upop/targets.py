@@ -159,7 +159,7 @@ class Target:
             each = align.get(kind, 1)
             what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
             raise TargetError(
-                f"target {self}: cannot be met within {self.slack(cost, budget) / cost.dense:.0%}: {what} alone is "
+                f"target {self}: cannot be met within {100 * self.slack(cost, budget) / cost.dense:.2g}%: {what} alone is "
                 f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
                 + (COARSE.get(kind, TOO_SMALL) if each == 1 else "align less")
             )

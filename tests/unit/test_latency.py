@@ -162,6 +162,13 @@ def test_an_unreachable_latency_is_refused_with_the_range(make_model, machine):
         upop.Search(model, target=Target(latency=0.99), steps=3, latency=table)
 
 
+def test_steps_too_coarse_for_a_latency_are_refused_with_how_close_it_had_to_be(make_model, machine):
+    model = make_model()
+    options = {"latency": table_of(model), "align": {"attn": 16, "mlp": 64}}
+    with pytest.raises(TargetError, match=r"latency=0\.5: cannot be met within 1\.5%: a step of 16 units of attn"):
+        upop.Search(model, target=Target(latency=0.5), steps=3, **options)
+
+
 def test_methods_with_one_ratio_for_all_kinds_refuse_a_latency(make_model, machine):
     model = make_model()
     with pytest.raises(TargetError, match=r"method progressive: .* use a unified method"):
