@@ -118,8 +118,9 @@ class TraceRecorder:
         self._waiting: list[list[Tensor]] = []  # frames still where the masks are: fetching them waits for the device
 
     def record(self, step: int, ratio: float, masks: "Mapping[str, Tensor]") -> None:
-        """Show the state after `step` steps: `ratio` in [0, 1], `masks` by structure name, each [units] in [0, 1].
+        """Show the state after `step` steps: `ratio` in [0, 1], `masks` by structure name, each [units].
 
+        A trained mask may be below 0, and is as far from removed as one that is as much above.
         Steps come in increasing order, 0 (before the search) to `steps`. Raises UpopError for any other.
         """
         last = self._step[-1] if self._step else -1
@@ -129,7 +130,7 @@ class TraceRecorder:
             return
         while self._next < len(self._due) and self._due[self._next] <= step:
             self._next += 1
-        values = [masks[s.name].detach().float().clone() for s in self.structures]
+        values = [masks[s.name].detach().float().abs() for s in self.structures]
         assert [v.shape for v in values] == [(s.units,) for s in self.structures], "one mask per unit"
         self._step.append(step)
         self._ratio.append(ratio)

@@ -60,6 +60,14 @@ def test_zero_and_one_are_kept_exactly_and_nothing_else_becomes_them():
     assert quantise(values).tolist() == [0, 1, 1, 128, 254, 254, 255, 255, 0]
 
 
+def test_a_mask_below_zero_is_not_shown_as_removed():
+    recorder = TraceRecorder(GROUPS, 1)
+    recorder.record(1, 0.0, {name: -values for name, values in masks(0).items()})
+    same = TraceRecorder(GROUPS, 1)
+    same.record(1, 0.0, masks(0))
+    assert np.array_equal(recorder.trace().masks, same.trace().masks)
+
+
 def test_masks_of_half_precision_that_want_a_gradient_are_read_too():
     recorder = TraceRecorder(GROUPS, 1)
     recorder.record(1, 0.0, {k: v.bfloat16().requires_grad_() for k, v in masks(0).items()})
