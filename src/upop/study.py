@@ -203,7 +203,6 @@ def write_manifest(standing: Standing) -> None:
         "schema": MANIFEST_SCHEMA,
         "name": study.name,
         **study.texts,
-        "command": study.texts["command"] or f"upop study {study.name}",
         "seeds": list(study.seeds),
         "base": dict(study.base),
         "dense": DENSE if study.dense else None,

@@ -16,6 +16,7 @@ Must not run anything.
 
 import itertools
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,19 @@ def load_study(path: Path, out: Path, overrides: Mapping[str, Any] | None = None
     if not runs:
         raise ConfigError(f'{path}: expected a table [[grid]] with at least one run, such as method = ["upop"]')
     texts = {key: str(raw.get(key, "")) for key in TEXTS}
+    texts["command"] = texts["command"] or _command(path, overrides)
     shown = {key: value for key, value in base.items() if key not in ("model", "out")}
     return Study(path.stem, path, texts, seeds, shown, dense, tuple(runs.values()))
+
+
+def _command(path: Path, overrides: Mapping[str, Any]) -> str:
+    """The line that runs the study: by its name where it is found by that, else by its file, wherever that lies."""
+    try:
+        name = path.stem if find_study(path.stem) == path else path.name
+    except ConfigError:
+        name = path.name
+    options = (word for key, value in overrides.items() for word in (f"--{key}", str(value)))
+    return shlex.join(["upop", "study", name, *options])
 
 
 def _read(path: Path) -> dict[str, Any]:

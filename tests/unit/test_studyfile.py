@@ -155,6 +155,12 @@ def test_the_claims_study_covers_every_claim_and_experiment(tmp_path):
     assert any(c.tolerance for c in configs)
 
 
+def test_the_command_of_a_study_finds_its_file_and_its_data(tmp_path):
+    made = study(tmp_path, BASE + '[[grid]]\nmethod = "upop"\n', data="my photos")
+    assert made.texts["command"] == "upop study mine.toml --data 'my photos'"
+    assert load_study(find_study("smoke"), tmp_path / "out").texts["command"] == "upop study smoke"
+
+
 def test_load_config_reads_what_a_run_saved(tmp_path):
     config = make_config({"model": "deit-digits", "data": "digits", "epochs_search": 0.5})
     (tmp_path / "c.toml").write_text(config.to_toml())
