@@ -285,6 +285,13 @@ def test_the_installed_command_works_without_a_terminal(tmp_path):
     assert not {"datasets", "pandas", "matplotlib", "onnx", "plotly"} & set(brought)
 
 
+def test_nobody_waits_for_garbage_to_be_collected_at_the_end_of_a_command():
+    asked = "import atexit, gc, sys; atexit.register(lambda: print('kept', gc.get_freeze_count()))"
+    script = f"{asked}; sys.argv = ['upop', '--version']; from upop.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout.partition("kept ")[2]) > 10_000
+
+
 def test_the_demo_is_a_valid_run():
     from upop.demo import demo_config
 

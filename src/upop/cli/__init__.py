@@ -3,6 +3,8 @@
 Must not compute: everything it shows comes from the library's return values.
 """
 
+import atexit
+import gc
 import inspect
 import os
 import shlex
@@ -33,6 +35,8 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: runs the command line; bad input ends in one line on stderr and exit code 2."""
     keep_freed_memory()
+    # The system takes all memory back at once; Python would look through torch's objects first, for seconds.
+    atexit.register(gc.freeze)
     _take_debug()
     try:
         code = app(standalone_mode=False, prog_name="upop")
