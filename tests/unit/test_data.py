@@ -3,9 +3,11 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import struct
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
@@ -1285,6 +1287,14 @@ def test_stream_and_memory_give_the_same_batches(tmp_path: Path) -> None:
     for train in (False, True):
         options = {"train": train, "augment": Augment(), "size": 12}
         assert same(iter(batches(split, workers=2, **options)), iter(batches(copy, **options)))
+
+
+def test_workers_go_on_when_all_processes_of_a_run_are_asked_to_stop(tmp_path: Path) -> None:
+    loader = iter(batches(streamed(tmp_path / "d"), batch_size=1, workers=2))
+    next(loader)
+    # By another process than their own: that one ends them.
+    subprocess.run(["kill", "-TERM", *(str(child.pid) for child in multiprocessing.active_children())], check=True)
+    assert len(list(loader)) == 43
 
 
 @pytest.mark.parametrize(("stored", "size"), [((8, 8), 20), ((32, 32), 12), ((10, 14), 10), ((40, 30), 16)])

@@ -4,6 +4,9 @@ Must not read files; order and draws depend on nothing but (seed, epoch, batch),
 Shapes: B this rank's share of a batch, C classes, h/w stored size, n images of the split.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -109,6 +112,7 @@ class Batches:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_end_by_parent_alone,
             generator=torch.Generator(),  # otherwise it draws from, and so changes, the global one
         )
         for images in loader:
@@ -145,6 +149,20 @@ class _Picked(Dataset[Tensor | str]):
             return torch.stack([self.split[index] for index in self.picks[batch]])
         except DataError as error:
             return str(error)
+
+
+def _end_by_parent_alone(worker: int) -> None:
+    """In a worker: a SIGTERM to all processes of a run, as of a cluster, ends none that the run still needs."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_ranks(split: Split, batch_size: int, rank: int, world: int, *, train: bool) -> None:
