@@ -78,12 +78,13 @@ class SearchCallback(Callback):  # type: ignore[misc]
         _refuse(trainer)
         if not trainer.global_step:  # left by a fit that ended before it began
             self._pending = None
-        if self._drive is not None:
-            self._drive.search.detach()
         if trainer.global_step and self._pending is None:
             raise UpopError(
-                f"SearchCallback: the checkpoint of step {trainer.global_step} holds no search; leave out ckpt_path"
+                f"SearchCallback: expected a training that begins, or a checkpoint that holds a search, got one that "
+                f"goes on at step {trainer.global_step} without; make a new Trainer, and leave out ckpt_path"
             )
+        if self._drive is not None:
+            self._drive.search.detach()
         model = _find_model(pl_module, self._attribute)
         steps = int(trainer.estimated_stepping_batches)
         search = Search(model, target=self._target, steps=steps, **self._options)

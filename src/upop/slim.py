@@ -41,9 +41,9 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     # Masks may be attached to the original; the copy must not carry them over.
     masked = [m for s in structures for port in s.producers if "forward" in (m := linear(model, port.path)).__dict__]
     memo |= {id(module.__dict__["forward"]): None for module in masked}
-    # What a hook has kept of the last forward can neither be copied nor be of use to the copy.
+    # deepcopy refuses what a hook has kept of the last forward.
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo |= {id(value): None for value in held if value.grad_fn is not None}
+    memo |= {id(value): value.detach().clone() for value in held if value.grad_fn is not None}
     small = copy.deepcopy(model, memo)
     for mark in ACCELERATE_MARKS:
         vars(small).pop(mark, None)

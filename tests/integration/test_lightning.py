@@ -275,6 +275,17 @@ def test_a_search_that_was_never_taken_up_does_not_enter_the_next_training(model
     assert callback.search.steps == callback.search.steps_done == 4
 
 
+def test_a_second_fit_of_the_same_trainer_is_refused_and_leaves_the_masks_of_the_first_on(model, fit):
+    callback = SearchCallback(target=HALF)
+    trainer = fit(model, callback)
+    trainer.fit_loop.epoch_loop.max_steps = 2 * STEPS
+    image = samples()[0]["pixel_values"][None]
+    expected = model.eval()(image).logits
+    with pytest.raises(upop.UpopError, match=f"goes on at step {STEPS} without; make a new Trainer"):
+        trainer.fit(Module(model), DataLoader(Stream(), batch_size=BATCH))
+    assert torch.equal(model.eval()(image).logits, expected)
+
+
 def one_cycle(optimizer):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=STEPS + 1)
 
