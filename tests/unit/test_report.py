@@ -341,6 +341,15 @@ def test_dense_models_of_several_shapes_have_no_mean(tmp_path):
     assert "86.04" not in text
 
 
+def test_dense_runs_alone_are_counted_by_model_and_seed(tmp_path):
+    for name in ("narrow", "wide"):
+        made = fake.dense()
+        (tmp_path / f"{name}.json").write_text(json.dumps({**made, "config": {**made["config"], "model": name}}))
+    page = build(tmp_path).markdown
+    assert "- 1 seed: " in page
+    assert "- Several models or data sets: " in page
+
+
 def test_a_dense_run_alone_makes_a_page(tmp_path):
     assert "82.08" in build(fake.write(tmp_path, {"dense": fake.dense()})).markdown
 

@@ -136,7 +136,9 @@ def seconds(run: Run) -> tuple[float, float]:
 
 
 def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
-    seeds = len({run.seed for run in results.runs})
+    seeds = len({run.seed for run in results.runs or results.dense})
+    places: set[object] = {group.place for group in results.groups}
+    places = places or {(run.config.get("model"), _data(run)) for run in results.dense}
     over_ratios, at_one = _tests(judged)
     control = any(run.method == CONTINUED for run in results.runs)
     lead = [
@@ -146,7 +148,7 @@ def limits(results: Results, judged: Sequence[verdicts.Verdict]) -> Section:
         "Seeds vary the search and the retraining; where all runs start from one dense model, its own luck is in no "
         "standard deviation.",
         "One model and one data set: nothing here says how far the answers carry to larger ones."
-        if len({group.place for group in results.groups}) <= 1
+        if len(places) <= 1
         else "Several models or data sets: compare rows of the same one only, as the claims do, with the commonest.",
     ]
     if over_ratios or at_one:
