@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from upop.config import PruneConfig
 from upop.data import Batches, MemorySplit
-from upop.disk import disk_errors
+from upop.disk import delete, disk_errors
 from upop.errors import ModelError, UpopError
 from upop.exporters import usage, write
 from upop.folder import provenance
@@ -191,6 +191,8 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
     try:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
+            for cut_off in out.glob(".export-*.partial"):
+                delete(cut_off)
             work = Path(tempfile.mkdtemp(prefix=".export-", suffix=".partial", dir=out))
             yield work
             # The record comes last: where it is, all is.

@@ -296,6 +296,13 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, options, messa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_takes_away_what_one_that_was_killed_has_left(tmp_path):
+    (tmp_path / ".export-killed.partial").mkdir()
+    (tmp_path / ".export-killed.partial" / "model.pt2").write_text("half of it")
+    export(plain(), tmp_path, format="torch")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.pt2"]
+
+
 def test_folders_of_others_and_earlier_exports_are_not_written_over(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
