@@ -4,6 +4,7 @@ Must not know how `keep` was decided, and must not touch the model it is given.
 """
 
 import copy
+from collections.abc import Mapping
 from types import FunctionType
 
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     `head_dim ** -0.5`. Peak memory is the two models'.
     Raises UpopError for a `keep` that does not fit the model.
     """
+    if not isinstance(keep, Mapping) or not keep:
+        raise ModelError(
+            f"keep: expected structure names with bool [units] each, as search.keep() gives them, got {keep!r}"
+        )
     family = find_family(model)
     refuse_closures(model)
     structures = find_structures(model, kinds_of(keep))

@@ -537,6 +537,15 @@ def test_a_step_without_backward_is_refused(make_model):
     assert search.steps_done == 1
 
 
+def test_a_layer_that_takes_no_part_in_the_loss_is_named(make_model, images):
+    model = make_model(layers=3)
+    search = Search(model, target=HALF, steps=3)
+    model.vit.layers[1].register_forward_hook(lambda module, inputs, output: output.detach())
+    model(images()).logits.sum().backward()
+    with pytest.raises(UpopError, match=r"no gradient has reached attn\.0 .* every layer must take part in the loss"):
+        search.step()
+
+
 def test_slim_before_the_end_is_refused(make_model):
     search = Search(make_model(), target=HALF, steps=3)
     feed(search, random_gradients(search.structures, 1)[0])

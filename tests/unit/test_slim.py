@@ -9,7 +9,7 @@ from torch import nn
 
 import upop
 from upop import Search, Target
-from upop.errors import UpopError
+from upop.errors import ModelError, UpopError
 from upop.families import find_structures
 from upop.masks import Masks
 
@@ -213,6 +213,12 @@ def test_what_a_hook_keeps_of_the_last_forward_does_not_stand_in_the_way(make_mo
     assert torch.equal(small.vit.layers[0].seen, seen)
     assert layer.seen is seen
     assert torch.equal(logits_of(small, images()), expected)
+
+
+@pytest.mark.parametrize("keep", [{}, None, []])
+def test_nothing_to_keep_is_refused_in_one_line(make_model, keep):
+    with pytest.raises(ModelError, match=r"keep: expected structure names with bool \[units\] each, .* got"):
+        upop.slim(make_model(), keep)
 
 
 @pytest.mark.parametrize("path", ["vit.layers.0.attention", "vit.layers.1.mlp.fc1", ""])
