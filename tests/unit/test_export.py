@@ -96,7 +96,8 @@ def test_the_record_says_what_was_written_and_how_it_was_checked(exported, forma
     assert record["bytes"] == result.bytes == result.path.stat().st_size
     assert (record["format"], record["variant"], record["images"]) == (format, variant, 20)
     assert (record["checked_on"], record["batch_sizes"]) == ("data", [1, 14])
-    assert record["versions"]["torch"] == torch.__version__
+    # PyPI's builds for GPUs do not say so in their metadata.
+    assert record["versions"]["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert record["agreement"] == result.agreement >= 0.5
     assert 0 <= record["max_difference"] <= CLOSE[variant] * record["logit_scale"]
     if variant == "fp32":
