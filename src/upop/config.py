@@ -421,7 +421,7 @@ def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
         first = error.errors()[0]
         # Further parts say which of several types was tried.
         key = str(first["loc"][0]) if first["loc"] else ""
-        what = first["msg"].removeprefix("Value error, ")
+        what = first["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
         if len(first["loc"]) > 1:
             what = "expected a number, as 3 or 0.5"
         if first["type"] == "missing":

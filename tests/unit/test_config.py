@@ -119,6 +119,7 @@ def test_what_the_user_says_is_never_replaced():
         ({"epoch_search": 3}, "unknown key 'epoch_search'; did you mean 'epochs_search'"),
         ({"lr": -1}, "lr: .*greater than 0, got -1"),
         ({"lr": float("nan")}, "lr: .*finite"),
+        ({"structures": "dims,qk,v"}, r"^run\.toml: structures: dims and qk and v own the same head dims"),
         ({"epochs_search": "abc"}, "epochs_search: expected a number, as 3 or 0.5, got 'abc'"),
         ({"epochs_retrain": "0,5"}, "epochs_retrain: expected a number, as 3 or 0.5, got '0,5'"),
         ({"stages": "retrain", "distill": 1}, "run.toml: distill: needs the dense model, .* use search,retrain"),
