@@ -95,13 +95,11 @@ def rows_of(start: Start) -> dict[Kind, Row]:
 
 def table(start: Start) -> str:
     """Markdown for the file that `start` names."""
-    rows = rows_of(start)
+    rows = {kind: row for kind, row in rows_of(start).items() if kind.what not in start.left_out}
     if not start.looks:
         rows = {kind: row for kind, row in rows.items() if max(map(len, row.found.values())) > 1}
     lines = ["| | epochs | | 50 % removed | 80 % | 90 % | runs |", "|---" * 7 + "|"]
     for kind in sorted(rows, key=lambda kind: (-kind.search - kind.retrain, -_hardest(rows[kind]))):
-        if kind.what in start.left_out:
-            continue
         epochs = f"{kind.search:g} + {kind.retrain:g}"
         lines.append(_line(kind.what, epochs, kind.optimizer, rows[kind].found, *rows[kind].sources))
     for (source, epochs, optimizer), found in from_scratch().items():

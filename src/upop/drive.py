@@ -79,7 +79,7 @@ class Drive:
     @property
     def saw_nothing(self) -> bool:
         """Whether no backward has reached the masks since the last step."""
-        return all(mask.grad is None for mask in self.search.masks.values.values())
+        return len(self.search.masks.unreached()) == len(self.search.structures)
 
     def check(self, taken: int) -> None:
         """After `taken` optimizer steps of the loop: raise UpopError where the search did not see them all."""

@@ -132,9 +132,13 @@ class Masks:
             forward.terms.clear()
         self._forwards = []
 
+    def unreached(self) -> list[str]:
+        """Names of the structures whose masks no backward has reached since gradients were last cleared."""
+        return [name for name, mask in self.values.items() if mask.grad is None]
+
     def gradients(self) -> dict[str, Tensor] | None:
-        """The collected gradients [U], float32, or None where no backward has reached the masks; clears them."""
-        if any(mask.grad is None for mask in self.values.values()):
+        """The collected gradients [U], float32, and clears them; None where no backward has reached all masks."""
+        if self.unreached():
             return None
         found = {name: mask.grad.float() for name, mask in self.values.items() if mask.grad is not None}
         for mask in self.values.values():

@@ -64,11 +64,11 @@ class Scores:
         """
         found = self._masks.gradients()
         if found is None:
-            missing = [name for name, mask in self._masks.values.items() if mask.grad is None]
-            if len(missing) < len(self._masks.values):
+            unreached = self._masks.unreached()
+            if len(unreached) < len(self._structures):
                 raise UpopError(
-                    f"Search.step(): no gradient has reached {missing[0]} since the last step, though others have got "
-                    "theirs; every layer must take part in the loss: none detached, none left out at random"
+                    f"Search.step(): no gradient has reached {unreached[0]} since the last step, though others have "
+                    "got theirs; every layer must take part in the loss: none detached, none left out at random"
                 )
             raise UpopError(
                 "Search.step(): no gradient has reached the masks since the last step; call it once after "

@@ -155,12 +155,12 @@ class Target:
         kinds = dict.fromkeys(s.kind for s in cost.structures)
         worst = {kind: max(steps[s.name] for s in cost.structures if s.kind == kind) for kind in kinds}
         kind = min(worst, key=lambda kind: worst[kind])
-        if budget > 0 and worst[kind] > self.slack(cost, budget):
+        slack = self.slack(cost, budget)
+        if budget > 0 and worst[kind] > slack:
             each = align.get(kind, 1)
             what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
-            slack = self.slack(cost, budget) / cost.dense
             raise TargetError(
-                f"target {self}: cannot be met within {100 * slack:.2g}%: {what} alone is "
+                f"target {self}: cannot be met within {100 * slack / cost.dense:.2g}%: {what} alone is "
                 f"{amount(worst[kind], self.currency)} of the model's {amount(cost.dense, self.currency)}; "
                 + (COARSE.get(kind, TOO_SMALL) if each == 1 else "align less")
             )
@@ -170,10 +170,10 @@ class Target:
         kinds = dict.fromkeys(s.kind for s in cost.structures)
         parts = [cost.only(s for s in cost.structures if s.kind == kind) for kind in kinds]
         over = sum(_overshoot(part, align, budget / cost.prunable) for part in parts) if budget > 0 else 0.0
-        if over > self.slack(cost, budget):
-            slack = self.slack(cost, budget) / cost.dense
+        slack = self.slack(cost, budget)
+        if over > slack:
             raise TargetError(
-                f"target {self}: cannot be met within {100 * slack:.2g}%: the same ratio in "
+                f"target {self}: cannot be met within {100 * slack / cost.dense:.2g}%: the same ratio in "
                 f"every kind, in whole steps, is up to {amount(over, self.currency)} more, of the model's "
                 f"{amount(cost.dense, self.currency)}; use a unified method, finer kinds, or align less"
             )
