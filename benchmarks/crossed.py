@@ -25,7 +25,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from upop import cutting, ranking
-from upop.config import PruneConfig, load_config, make_config
+from upop.config import PruneConfig, make_config
+from upop.configtext import load_config
 from upop.errors import UpopError
 from upop.families import find_structures
 from upop.plan import Plan

@@ -4,8 +4,6 @@ One flat, frozen model: a field here is an option on the command line and a key 
 """
 
 import json
-import shlex
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from upop.errors import UpopError, nearest, shortened
 from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds
-from upop.reading import read_text
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -360,12 +357,6 @@ class PruneConfig(BaseModel):
             }
         )
 
-    def to_toml(self) -> str:
-        """As a config file that `load_config` reads back; values left to be chosen are left out."""
-        # Where nothing of a search was asked for, to name how it would go would be to ask for one.
-        values = self.model_dump(exclude_none=True, exclude=OF_A_SEARCH if self.epochs_search is None else None)
-        return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
-
 
 def given_values(config: PruneConfig) -> dict[str, Any]:
     """What of a configuration decides its numbers, as plain values: all but where results go and who watches."""
@@ -383,17 +374,6 @@ def is_given(found: object, config: PruneConfig) -> bool:
     usual = {name: PruneConfig.model_fields[name].default for name in wanted if name not in found}
     unused = {name for stage, names in UNUSED_WITHOUT.items() if not config.has(stage) for name in names}
     return all(wanted.get(name) == value for name, value in (usual | found).items() if name not in unused)
-
-
-def command_line(config: PruneConfig) -> str:
-    """The `upop prune` line that does this run: every option that is not what it would be if left out."""
-    parts = ["upop", "prune"]
-    for name, field in PruneConfig.model_fields.items():
-        value, flag = getattr(config, name), "--" + name.replace("_", "-")
-        usual = PAPER.get(name, field.default) if config.recipe == "paper" else field.default
-        if field.is_required() or value != usual:
-            parts += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
-    return shlex.join(parts)
 
 
 def parse_align(text: str) -> dict[str, int]:
@@ -428,17 +408,3 @@ def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:
             what = f"missing; expected {PruneConfig.model_fields[key].description}"
         got = "" if first["type"] in ("missing", "value_error") else f", got {shortened(first['input'])}"
         raise ConfigError(f"{where}: {key + ': ' if key else ''}{what}{got}") from None
-
-
-def load_config(path: Path) -> dict[str, Any]:
-    """The values in a TOML config file; raises ConfigError where it cannot be read."""
-    try:
-        values = tomllib.loads(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UpopError as error:
-        raise ConfigError(str(error)) from None
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-        raise ConfigError(f'{path}: expected TOML such as model = "deit-tiny-cifar" ({what})') from None
-    return values

@@ -11,6 +11,7 @@ from typing import Any
 
 from upop import checkpoint, processes
 from upop.config import PruneConfig, is_given, make_config
+from upop.configtext import to_toml
 from upop.errors import UpopError
 from upop.folder import RunFolder, Stamp, is_main_process, own_command
 from upop.latency import LatencyTable
@@ -131,7 +132,7 @@ def _prune(
     elif go_on and state is None and not overwrite:
         folder = RunFolder(Path(config.out), main=processes.index() == 0)
         kept = config.checkpoint_minutes > 0
-        processes.by_first(lambda: folder.check_restart(plan.config.to_toml(), kept=kept))
+        processes.by_first(lambda: folder.check_restart(to_toml(plan.config), kept=kept))
     return _carry_out(plan, observer, command, state, stamp)
 
 
@@ -197,7 +198,7 @@ def _carry_out(
         # Before anything else is written: a tracker may want a login.
         session.tracking.start(plan.config.model_dump(), None if state is None else state.get("trackers", {}))
         if state is None:
-            processes.by_first(lambda: folder.claim(plan.config.to_toml()))
+            processes.by_first(lambda: folder.claim(to_toml(plan.config)))
         return _in_folder(stages, state)
 
 

@@ -16,7 +16,8 @@ from typing import Literal, Protocol
 
 from filelock import FileLock, Timeout
 
-from upop.config import command_line, given_values, is_given
+from upop.config import given_values, is_given
+from upop.configtext import command_line
 from upop.disk import write_whole
 from upop.errors import UpopError
 from upop.executors import Executor, Job, Outcome

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upop.config import ConfigError, PruneConfig, load_config, make_config
+from upop.config import ConfigError, PruneConfig, make_config
+from upop.configtext import load_config
 from upop.errors import nearest, shortened
 
 ALWAYS = ("method", "target", "seed")  # named in every label

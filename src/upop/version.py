@@ -17,6 +17,7 @@ SHOWING = {
     "card",
     "cli",
     "collect",
+    "configtext",
     "demo",
     "disk",
     "executors",

@@ -301,6 +301,7 @@ def test_the_demo_is_a_valid_run():
 
 def test_the_demo_replaces_its_own_run_unasked_and_no_other(tmp_path, monkeypatch):
     from upop import run
+    from upop.configtext import to_toml
     from upop.demo import demo_config
     from upop.plan import make_plan
 
@@ -308,7 +309,7 @@ def test_the_demo_replaces_its_own_run_unasked_and_no_other(tmp_path, monkeypatc
     monkeypatch.setattr(run, "prune", lambda config, *, overwrite, observer: said.append(overwrite) or 1 / 0)
     for change in ({}, {"seed": 1}, {"lr": 0.01}):
         plan = make_plan(demo_config(tmp_path).model_copy(update=change))
-        (tmp_path / "config.toml").write_text(plan.config.to_toml())
+        (tmp_path / "config.toml").write_text(to_toml(plan.config))
         with pytest.raises(ZeroDivisionError):
             cli.demo(tmp_path)
     assert said == [True, False, False]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from upop.config import PAPER, ConfigError, PruneConfig, given_values, is_given, load_config, make_config
+from upop.config import PAPER, ConfigError, PruneConfig, given_values, is_given, make_config
+from upop.configtext import load_config, to_toml
 
 NEEDED = {"model": "deit-digits", "data": "digits"}
 
@@ -13,7 +14,7 @@ NEEDED = {"model": "deit-digits", "data": "digits"}
 def test_a_saved_config_reads_back_as_the_same_config(tmp_path):
     config = make_config({**NEEDED, "lr": 3e-4, "mixup": 0.8, "flip": False, "out": 'a "quoted" é folder'})
     path = tmp_path / "config.toml"
-    path.write_text(config.to_toml(), encoding="utf-8")
+    path.write_text(to_toml(config), encoding="utf-8")
     assert make_config(load_config(path)) == config
 
 
@@ -23,7 +24,7 @@ def test_a_resolved_config_leaves_nothing_to_be_chosen_but_what_is_off():
     open_values = {key for key, value in values.items() if value in (None, "auto")}
     off = {"validation", "subset", "tracker", "threshold", "max_drop", "tolerance", "threads"}
     assert open_values == off | {"lr_mask", "sparsity_mlp", "align"}, "the last three are the plan's to fill in"
-    assert tomllib.loads(resolved.to_toml())["lr"] == values["lr"]
+    assert tomllib.loads(to_toml(resolved))["lr"] == values["lr"]
 
 
 def test_pretrained_weights_get_a_learning_rate_that_keeps_them():

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 from upop import cli
-from upop.config import PruneConfig, load_config, make_config
+from upop.config import PruneConfig, make_config
+from upop.configtext import load_config
 
 ROOT = Path(__file__).parents[2]
 

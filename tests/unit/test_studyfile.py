@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from upop.config import ConfigError, command_line, load_config, make_config
+from upop.config import ConfigError, make_config
+from upop.configtext import command_line, load_config, to_toml
 from upop.studyfile import find_study, load_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
@@ -163,7 +164,7 @@ def test_the_command_of_a_study_finds_its_file_and_its_data(tmp_path):
 
 def test_load_config_reads_what_a_run_saved(tmp_path):
     config = make_config({"model": "deit-digits", "data": "digits", "epochs_search": 0.5})
-    (tmp_path / "c.toml").write_text(config.to_toml())
+    (tmp_path / "c.toml").write_text(to_toml(config))
     assert make_config(load_config(tmp_path / "c.toml")) == config
 
 

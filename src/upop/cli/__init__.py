@@ -19,7 +19,8 @@ from upop.allocator import keep_freed_memory
 from upop.cli import bench, export, push, studies, view
 from upop.cli.checks import check_split
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
-from upop.config import ConfigError, PruneConfig, load_config, make_config, parse_align
+from upop.config import ConfigError, PruneConfig, make_config, parse_align
+from upop.configtext import load_config
 from upop.errors import STOPPED, StopError, UpopError
 
 DEMO_FOLDER = Path("runs/demo")

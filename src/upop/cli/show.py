@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from upop.config import STAGES
+from upop.configtext import to_toml
 from upop.folder import is_main_process
 
 
@@ -126,7 +127,7 @@ def print_plan(plan: Any) -> None:
         f"parameters: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % removed); about "
         f"{amount(plan.macs_before, 'macs')} -> {amount(plan.macs_after, 'macs')} an image, if all layers shrank alike"
     )
-    out.print("resolved configuration:\n" + c.to_toml(), markup=False, end="")
+    out.print("resolved configuration:\n" + to_toml(c), markup=False, end="")
 
 
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
