@@ -12,6 +12,7 @@ Shape suffixes: F frames, S structures, U units of all structures, R rows, C col
 
 import base64
 import subprocess
+import textwrap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ REMOVED, PAPER, INK, FAINT = "#e6e8ec", "#ffffff", "#1d2129", "#6b7280"
 
 # Film, in pixels.
 DPI, WIDTH, SIDE, MARGIN, TOP, BOTTOM = 100, 960, 262, 18, 106, 46
+METER, COUNTS_WIDTH = 76, 38  # of a meter with its lines; characters of its lines of counts
 
 
 def animate(run_folder: Path, out: Path) -> Path:
@@ -237,7 +239,7 @@ class Film:
         self.pitch = self.row + max(4, self.row // 6)
         cells = self.pitch * len(self.layers)
         # Even, which video needs.
-        self.height = (TOP + max(cells, 200 + 64 * len(self.columns)) + BOTTOM) // 2 * 2
+        self.height = (TOP + max(cells, 200 + METER * len(self.columns)) + BOTTOM) // 2 * 2
         self.figure = Figure(figsize=(WIDTH / DPI, self.height / DPI), dpi=DPI, facecolor=PAPER)
         self.canvas = FigureCanvasAgg(self.figure)
         self.cells = self.figure.figimage(self._cells(0), 0, 0, origin="upper", zorder=-1)
@@ -273,7 +275,7 @@ class Film:
             found = shares(trace, kind, frame)
             bar.set_width(found["mean"] * (SIDE - 2 * MARGIN) / WIDTH)
             share.set_text(f"{100 * found['mean']:.0f} %")
-            count.set_text(describe(found))
+            count.set_text(textwrap.fill(describe(found), COUNTS_WIDTH))
 
     def _cells(self, frame: int) -> RGB:
         picture = np.full((self.height, WIDTH, 3), _rgb(PAPER))
@@ -329,7 +331,7 @@ class Film:
         """A bar for the mean mask of a kind, its number, and a line of counts."""
         from matplotlib.patches import Rectangle
 
-        left, y = WIDTH - SIDE + MARGIN, TOP + 130 + 82 + 64 * index
+        left, y = WIDTH - SIDE + MARGIN, TOP + 130 + 82 + METER * index
         color, width = color_of(kind, self.trace), SIDE - 2 * MARGIN
         self._text(left, y - 18, f"{kind}: mean mask", color=INK)
         bars = [
@@ -339,13 +341,13 @@ class Film:
         for bar in bars:
             self.figure.add_artist(bar)
         share = self._text(left + width, y - 18, "", ha="right", weight="bold", color=color)
-        return bars[1], share, self._text(left, y + 13, "", size=8, color=FAINT)
+        return bars[1], share, self._text(left, y + 5, "", size=8, color=FAINT, va="top")
 
 
 def describe(found: dict[str, float]) -> str:
-    """Counts of a kind in words; what there is none of is left out."""
+    """Counts of a kind in words, no number parted from its own; what there is none of is left out."""
     names = ("untouched", "shrinking", "removed")
-    return ", ".join(f"{found[name]:,} {name}" for name in names if found[name])
+    return ", ".join(f"{found[name]:,}\N{NO-BREAK SPACE}{name}" for name in names if found[name])
 
 
 def seconds_per_frame(frames: int) -> float:

@@ -40,7 +40,11 @@ class SearchHook:
     def _stepped(self) -> None:
         search = self._search
         self._answer()
-        self._recorder.record(search.steps_done, search.ratio, search.masks.values)
+        masks: Mapping[str, Tensor] = search.masks.values
+        if search.done and search.method.shrink == "once":
+            # Nothing has sunk to zero: the last frame is the cut itself, whatever the masks were before it.
+            masks = search.keep()
+        self._recorder.record(search.steps_done, search.ratio, masks)
 
     def _answer(self) -> None:
         while self._search.needs_accuracy:

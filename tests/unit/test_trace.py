@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from upop import Search
 from upop.errors import UpopError
+from upop.hook import SearchHook
 from upop.trace import TraceRecorder, load_trace, quantise
 
 
@@ -146,6 +148,25 @@ def refused(path, match):
     with pytest.raises(UpopError, match=match) as found:
         load_trace(path)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("options", [{"method": "magnitude"}, {"method": "unified"}, {"method": "upop"}], ids=str)
+def test_the_last_frame_is_what_stays_however_it_was_removed(make_model, images, options):
+    model = make_model()
+    search = Search(model, target="prunable=0.4", steps=3, **options)
+    recorder = TraceRecorder(search.structures, search.steps)
+    hook = SearchHook(search, lambda: 0.5, 0.1, recorder)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": 1e-3}, *hook.groups()])
+    for _ in range(search.steps):
+        (model(images()).logits.square().sum() + hook.penalty()).backward()
+        optimizer.step()
+        hook.step()
+        optimizer.zero_grad()
+    stays = np.concatenate([search.keep()[s.name].numpy() for s in search.structures])
+    trace = recorder.trace()
+    assert not stays.all()
+    assert np.array_equal(trace.masks[-1], np.where(stays, 255, 0))
+    assert not np.array_equal(trace.masks[-2], trace.masks[-1])
 
 
 def test_a_missing_trace_is_refused(tmp_path):
