@@ -11,7 +11,7 @@ from upop.families import find_family, find_structures
 from upop.latency import LatencyTable, latency_cost
 from upop.profiling import own_image_size
 from upop.ranking import NO_ALIGNMENT, check_alignment, group_price, removable
-from upop.structures import Structure
+from upop.structures import Structure, whole_layers
 from upop.targets import amount, floor4
 
 
@@ -69,10 +69,11 @@ class Analysis:
         return round(removable(self.params_cost, self.align))
 
     def rows(self) -> list[Row]:
-        """One a kind, in the order of the structures."""
-        result = []
+        """One a kind, in the order of the structures, of the layers that units may go from."""
+        result, whole = [], set(whole_layers(self.structures))
         for kind in dict.fromkeys(s.kind for s in self.structures):
-            own = [s for s in self.structures if s.kind == kind]
+            of_kind = [s for s in self.structures if s.kind == kind]
+            own = [s for s in of_kind if s.layer not in whole] or of_kind
             low, high = min(s.width for s in own), max(s.width for s in own)
             each = self.align.get(kind, 1)
             costs = {currency: group_price(own[0], cost, self.align) for currency, cost in self.costs.items()}
@@ -91,6 +92,8 @@ class Analysis:
         for row in self.rows():
             costs = [f"{row.cost[c] * scale[c]:>15,.{0 if c == 'params' else 3}f}" for c in self.costs]
             lines.append(f"{row.kind:<6}{row.layers:>7}{row.units:>15}{row.step:>6}{row.floor:>7}" + "".join(costs))
+        if whole := whole_layers(self.structures):
+            lines.append(f"layers that stay whole: {', '.join(map(str, whole))}")
         for currency, cost in self.costs.items():
             most = removable(cost, self.align)
             line = f"reachable: {currency}=0 to {currency}={floor4(most / cost.dense)}"
@@ -105,15 +108,17 @@ def analyze(
     model: nn.Module,
     structures: Sequence[str] | None = None,
     *,
+    ignored_layers: Sequence[int] | str = (),
     align: Mapping[str, int] = NO_ALIGNMENT,
     latency: LatencyTable | None = None,
 ) -> Analysis:
     """What upop can remove from `model`, as units of the kinds `structures` (upop.kinds), in all currencies.
 
-    Raises ModelError for unsupported models; the model is not touched.
+    `ignored_layers`, as `(0, -1)` or `"0-2,-1"`, keep all of their units. Raises ModelError for unsupported models,
+    UpopError for layers that there are not; the model is not touched.
     """
     family = find_family(model)
-    found = find_structures(model, structures)
+    found = find_structures(model, structures, ignored_layers)
     costs = {"params": params_cost(model, found)}
     if own_image_size(model) is not None:
         costs["macs"] = macs_cost(model, found)

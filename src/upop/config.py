@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upop.errors import UpopError, nearest, shortened
-from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds
+from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds, parse_layers
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -107,6 +107,7 @@ class PruneConfig(BaseModel):
     )
 
     structures: str = Field("attn,mlp", description=f"what competes in the ranking, some of: {', '.join(KINDS)}")
+    ignored_layers: str = Field("", description="layers that keep all of their units, as 0,-1 or 0-2,-1")
     align: str = Field(
         "auto", description="widths as hardware likes them: auto (by device), none, or multiples such as attn=8,mlp=64"
     )
@@ -229,6 +230,11 @@ class PruneConfig(BaseModel):
     @classmethod
     def _known_kinds(cls, value: str) -> str:
         return ",".join(parse_kinds(value))
+
+    @field_validator("ignored_layers")
+    @classmethod
+    def _known_layers(cls, value: str) -> str:
+        return ",".join(map(str, parse_layers(value)))
 
     @field_validator("align")
     @classmethod

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from upop import processes
 from upop.compensate import cut_and_compensate_, input_moments
 from upop.data import Augment
-from upop.families import find_structures
 from upop.methods import ONE_SHOT
 from upop.oneshot import rank
 from upop.plan import Plan, make_batches
@@ -36,7 +35,7 @@ def one_shot(plan: Plan, accelerator: Accelerator, model: nn.Module) -> tuple[di
     assert plan.target is not None, "a one-shot ranking has a target"
     cost = plan.analysis.costs[plan.target.currency]
     goal = cost.dense - plan.left
-    structures, images = find_structures(model, plan.kinds), _calibration(plan, accelerator)
+    structures, images = plan.analysis.structures, _calibration(plan, accelerator)
     work = copy.deepcopy(model)
     keep = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
     for number in range(1, c.rank_rounds + 1):
@@ -55,8 +54,8 @@ def one_shot(plan: Plan, accelerator: Accelerator, model: nn.Module) -> tuple[di
 
 def compensated(plan: Plan, accelerator: Accelerator, model: nn.Module, keep: Mapping[str, Tensor]) -> nn.Module:
     """The slimmed twin of `model`, which has no masks on, made up for what was cut where the plan says so."""
-    work, structures = copy.deepcopy(model), find_structures(model, plan.kinds)
-    _compensate_(work, structures, keep, plan, _calibration(plan, accelerator))
+    work = copy.deepcopy(model)
+    _compensate_(work, plan.analysis.structures, keep, plan, _calibration(plan, accelerator))
     return slim(work, keep)
 
 

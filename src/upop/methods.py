@@ -4,6 +4,7 @@ A method says by what units are ranked, whether all kinds compete, and whether t
 not rank, prune or train by itself, and needs no torch.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ Shrink = Literal["progressive", "once"]
 NORMALISE = ("zscore", "minmax", "rank", "none")  # names of upop.ranking.NORMALISERS
 KINDS = ("attn", "dims", "qk", "v", "head", "mlp", "block")  # of units, see upop.kinds
 DEFAULT_KINDS = ("attn", "mlp")
+_LAYERS = re.compile(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,18 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     if len({"qk", "v"} & set(kinds)) == 1:
         raise UpopError("structures: expected qk and v together, as qk,v")
     return kinds
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`0,11` or `0-2,-1` as layers, negative ones counted from the end; nothing where empty. Raises UpopError."""
+    layers: list[int] = []
+    for part in text.split(",") if text.strip() else []:
+        found = _LAYERS.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if found is None or (found[2] and not 0 <= first <= last):
+            raise UpopError(f"ignored_layers: expected layers such as 0,11 or 0-2,-1, got {part.strip()!r}")
+        layers += range(first, last + 1)
+    return tuple(dict.fromkeys(layers))
 
 
 def check_known(kinds: Sequence[str], known: Collection[str] = KINDS) -> None:

@@ -26,7 +26,7 @@ from upop.errors import ModelError, TargetError, UpopError
 from upop.families import find_family, find_structures
 from upop.folder import weights_hash
 from upop.latency import LatencyTable
-from upop.methods import METHODS
+from upop.methods import METHODS, parse_layers
 from upop.models import LoadedModel, fit_head_, load_model
 from upop.observer import Nobody, Observer
 from upop.penalty import equal_sparsity
@@ -110,7 +110,8 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     target = None if config.open_ended else Target.parse(config.target)
     loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
     kinds = tuple(config.structures.split(","))
-    analyze(loaded.model, kinds)  # refuses an unsupported model before any data is read
+    ignored = parse_layers(config.ignored_layers)
+    analyze(loaded.model, kinds, ignored_layers=ignored)  # refuses an unsupported model before any data is read
     if config.has("search") and not find_family(loaded.model).saves:
         raise ModelError(
             f"{config.model}: slimmed models of the class {type(loaded.model).__name__} cannot be saved; prune it in "
@@ -124,7 +125,7 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     pruned = target is not None and config.has("search") and METHODS[config.method].score != "none"
     if target is not None and target.unit == "latency" and pruned and latency is None:
         latency = _table_of_first(config, loaded, kinds, align, device, observer or Nobody())
-    analysis = analyze(loaded.model, kinds, align=align, latency=latency)
+    analysis = analyze(loaded.model, kinds, ignored_layers=ignored, align=align, latency=latency)
     cost = analysis.costs[target.currency] if target is not None and pruned else analysis.params_cost
     budget = (
         target.budget(cost, align, unified=METHODS[config.method].unified) if target is not None and pruned else 0.0
@@ -177,6 +178,7 @@ def make_search(plan: Plan, model: nn.Module) -> Search:
         target=plan.target,
         steps=plan.steps["search"],
         structures=plan.kinds,
+        ignored_layers=c.ignored_layers,
         align=plan.align,
         latency=plan.latency,
         method=c.method,
@@ -253,7 +255,7 @@ def _alignment(config: PruneConfig, model: nn.Module, kinds: Sequence[str], devi
         return {}
     # Matrix units work on tiles; a CPU's are narrow enough for hidden neurons not to matter.
     tiles = dict.fromkeys(("attn", "dims", "qk", "v"), 8) | ({"mlp": 64} if device != "cpu" else {})
-    structures = find_structures(model, kinds)
+    structures = find_structures(model, kinds, config.ignored_layers)
     cost = params_cost(model, structures)
     align: dict[str, int] = {}
     for s in structures:

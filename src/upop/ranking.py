@@ -169,13 +169,19 @@ def _group(structures: Sequence[Structure], scores: Scores, align: Mapping[str, 
 
 def _last_block(structures: Sequence[Structure], scores: Tensor, index: Tensor) -> Tensor:
     """Whether each group is the one whole block that stays, bool [G]."""
-    blocks = [n for n, s in enumerate(structures) if s.drops]
+    blocks = _one_of_these_stays(structures)
     if not blocks:
         return torch.zeros_like(index, dtype=torch.bool)
     is_block = torch.isin(index, sent(torch.tensor(blocks, dtype=index.dtype), index.device))
     # The last of equal scores, as ties fall earlier first.
     order = torch.argsort(torch.where(is_block, scores, torch.inf), descending=True, stable=True)
     return torch.zeros_like(is_block).index_fill_(0, order[-1:], True)
+
+
+def _one_of_these_stays(structures: Sequence[Structure]) -> list[int]:
+    """Indices of the whole blocks, where nothing else says that one of them must stay."""
+    blocks = [n for n, s in enumerate(structures) if s.drops]
+    return [] if any(structures[n].floor for n in blocks) else blocks
 
 
 def _prefix(structures: Sequence[Structure], groups: _Groups, cost: Cost, budget: float) -> Tensor:
@@ -294,7 +300,7 @@ def removable(cost: Cost, align: Mapping[str, int] = NO_ALIGNMENT) -> float:
         return min(s.width, each * -(-s.floor // each)) / s.width
 
     fractions = torch.tensor([stays(s) for s in cost.structures], dtype=torch.float64)
-    blocks = [n for n, s in enumerate(cost.structures) if s.drops]
+    blocks = _one_of_these_stays(cost.structures)
     # The cheapest block to keep, its own units at their floors.
     left = []
     for block in blocks:

@@ -36,8 +36,8 @@ from upop.ranking import (
 from upop.schedules import SCHEDULES
 from upop.scores import GradientOrder, Scores
 from upop.slim import refuse_closures, slim
-from upop.structures import of_each
-from upop.targets import ROUNDING, Target, check_goal, find_cost, floor4
+from upop.structures import of_each, whole_layers
+from upop.targets import ROUNDING, Target, check_goal, find_cost, floor4, what_stays
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Search:
             `tolerance` then decides.
         steps: optimizer steps that the search lasts, T >= 1.
         structures: the kinds that compete in the ranking (see `upop.kinds`); the paper's are `attn` and `mlp`.
+        ignored_layers: layers that keep all of their units, as `(0, -1)` or `"0-2,-1"`.
         align: kind -> number that widths become multiples of, as hardware likes them; part of the ranking.
         latency: a table measured by `upop.measure_latency_table`, for a target in latency.
         method: name of a method (see `upop.methods`). With `mask` and `unified`, the optimizer also trains
@@ -99,6 +100,7 @@ class Search:
         target: Target | str | None,
         steps: int,
         structures: Sequence[str] | str | None = None,
+        ignored_layers: Sequence[int] | str = (),
         align: Mapping[str, int] = NO_ALIGNMENT,
         latency: LatencyTable | None = None,
         method: str = "upop",
@@ -131,7 +133,7 @@ class Search:
         _one_of("normalise", normalise, NORMALISERS)
         _one_of("gradient_order", gradient_order, ("paper", "authors"))
         self.model, self._name = model, method
-        self.structures = find_structures(model, structures)
+        self.structures = find_structures(model, structures, ignored_layers)
         refuse_closures(model)
         self.method = dataclasses.replace(METHODS[method], shrink=shrink or METHODS[method].shrink)
         self.target, self.steps, self.interval = target, steps, interval
@@ -395,6 +397,7 @@ class Search:
     def _settings(self) -> dict[str, Any]:
         return {
             "units": {s.name: s.units for s in self.structures},
+            "ignored_layers": whole_layers(self.structures),
             "align": self.align,
             "target": str(self.target),
             "steps": self.steps,
@@ -423,7 +426,7 @@ class Search:
             share = 1.0 if self.target.unit == "prunable" else self.cost.prunable / self.cost.dense
             raise TargetError(
                 f"target {self.target}: cannot be met with the same ratio in every kind; reachable is "
-                f"{self.target.unit}={floor4(most * share)}, since every layer keeps at least one unit of each kind"
+                f"{self.target.unit}={floor4(most * share)}, since {what_stays(self.structures, self.align)}"
             )
         return min(ratio, most)
 

@@ -4,7 +4,7 @@ Must not know how `keep` was decided, and must not touch the model it is given.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     masked = [m for s in structures for port in s.producers if "forward" in (m := linear(model, port.path)).__dict__]
     memo |= {id(module.__dict__["forward"]): None for module in masked}
     # deepcopy refuses what a hook has kept of the last forward.
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    memo |= {id(value): value.detach().clone() for value in held if value.grad_fn is not None}
+    held = [tensor for module in model.modules() for tensor in _tensors_in(list(vars(module).values()))]
+    memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
     small = copy.deepcopy(model, memo)
     for mark in ACCELERATE_MARKS:
         vars(small).pop(mark, None)
@@ -59,6 +59,15 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     drop_(small, dropped)
     family.finish_(small)
     return small
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in containers within containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(inner)
 
 
 def refuse_closures(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ Shape suffixes: U units, D width, H heads, K head dim.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,30 @@ def _check_size(port: Port, what: str, size: int, units: int) -> None:
             f"{port.path}.{what}: expected {port.outer} x {units} x {port.inner} = {expected}, got {size}; "
             "the layer is not laid out as its family says"
         )
+
+
+def leave_whole(structures: Sequence[Structure], layers: Sequence[int]) -> tuple[Structure, ...]:
+    """The same structures, those of `layers` with all of their units as floor; negative layers count from the end.
+
+    Raises UpopError for a layer that the model has not, and where no other is left.
+    """
+    known = sorted({s.layer for s in structures})
+    for layer in layers:
+        if not isinstance(layer, int) or not -len(known) <= layer < len(known):
+            raise UpopError(
+                f"ignored_layers: expected layers from 0 to {len(known) - 1}, or -1 to -{len(known)} from the end, "
+                f"got {layer!r}"
+            )
+    whole = {known[layer] for layer in layers}
+    if whole == set(known):
+        raise UpopError("ignored_layers: expected a layer that may be pruned, got all of them")
+    return tuple(replace(s, floor=s.width) if s.layer in whole else s for s in structures)
+
+
+def whole_layers(structures: Sequence[Structure]) -> list[int]:
+    """The layers of which something could go, but nothing may."""
+    could = {s.layer for s in structures if s.width > 1 or s.drops}
+    return sorted(could - {s.layer for s in structures if s.floor < s.width})
 
 
 def prunable_cost(structures: Iterable[Structure]) -> int:

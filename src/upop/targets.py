@@ -18,7 +18,7 @@ from upop.errors import TargetError, nearest
 from upop.latency import LatencyTable, latency_cost
 from upop.methods import Method
 from upop.ranking import NO_ALIGNMENT, group_price, removable
-from upop.structures import Structure
+from upop.structures import Structure, whole_layers
 
 UNITS = ("params", "macs", "latency", "prunable")
 # What a number may end in, per unit: (suffix, factor to parameters, MACs, milliseconds).
@@ -137,12 +137,11 @@ class Target:
                 f"target {self}: cannot be met: the model has {amount(cost.dense, self.currency)} as it is"
             )
         if budget > most * (1 + ROUNDING):
-            floors = "one unit of each kind" if not any(n > 1 for n in align.values()) else "one aligned width"
             way = "; whole blocks among the structures, more images a pass or ONNX may allow more"
             raise TargetError(
                 f"target {self}: cannot be met; reachable here is {self.unit}=0 to {self.unit}="
                 f"{floor4(most / base)} ({amount(cost.dense - most, self.currency)} left of "
-                f"{amount(cost.dense, self.currency)}), since every layer keeps at least {floors}"
+                f"{amount(cost.dense, self.currency)}), since {what_stays(cost.structures, align)}"
                 + (way if self.unit == "latency" else "")
             )
         check = self._check_shares if cost.additive and not unified else self._check_steps
@@ -253,6 +252,13 @@ def _absolute(unit: str, text: str) -> float | None:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]+)", text.strip().lower())
     factor = SUFFIXES[unit].get(found[2]) if found else None
     return float(found[1]) * factor if found and factor is not None else None
+
+
+def what_stays(structures: Sequence[Structure], align: Mapping[str, int]) -> str:
+    """Why no more can go, in words."""
+    each = "one aligned width" if any(n > 1 for n in align.values()) else "one unit of each kind"
+    whole = ", ".join(map(str, whole_layers(structures)))
+    return f"every layer keeps at least {each}" + (f", and those ignored ({whole}) all of theirs" if whole else "")
 
 
 def floor4(ratio: float) -> str:

@@ -30,7 +30,7 @@ ALLOWED = {
     "masks": {"structures", "errors"},
     "penalty": {"masks", "structures"},
     "kinds": {"structures", "errors", "methods"},
-    "families": {"structures", "errors", "families", "kinds"},
+    "families": {"structures", "errors", "families", "kinds", "methods"},
     "surgery": {"structures"},
     "slim": {"structures", "errors", "families", "surgery", "kinds"},
     "methods": {"errors"},

@@ -201,17 +201,24 @@ def test_what_accelerate_left_on_the_model_does_not_follow_into_the_smaller_one(
     assert small(images()).logits.dtype == torch.float32, "no precision of another loop's choosing"
 
 
-def test_what_a_hook_keeps_of_the_last_forward_does_not_stand_in_the_way(make_model, images, logits_of, random_keep):
+@pytest.mark.parametrize(
+    ("kept_as", "inside"),
+    [(lambda x: x, lambda x: x), (lambda x: [x], lambda x: x[0]), (lambda x: {"at": (1, x)}, lambda x: x["at"][1])],
+    ids=["alone", "in a list", "in a dict"],
+)
+def test_what_a_hook_keeps_of_the_last_forward_does_not_stand_in_the_way(
+    make_model, images, logits_of, random_keep, kept_as, inside
+):
     model = make_model()
     keep = random_keep(find_structures(model))
     expected = logits_of(upop.slim(model, keep), images())
     layer = model.vit.layers[0]
-    layer.register_forward_hook(lambda module, inputs, output: setattr(module, "seen", output))
+    layer.register_forward_hook(lambda module, inputs, output: setattr(module, "seen", kept_as(output)))
     model(images()).logits.sum().backward()
-    seen = layer.seen
+    seen = inside(layer.seen)
     small = upop.slim(model, keep)
-    assert torch.equal(small.vit.layers[0].seen, seen)
-    assert layer.seen is seen
+    assert torch.equal(inside(small.vit.layers[0].seen), seen)
+    assert inside(layer.seen) is seen
     assert torch.equal(logits_of(small, images()), expected)
 
 

@@ -195,6 +195,7 @@ _register_prune()
 def analyze(
     model: Annotated[str, typer.Argument(help="Hub name, local folder, or built-in shape")],
     structures: Annotated[str, typer.Option(help="as for prune")] = "attn,mlp",
+    ignored_layers: Annotated[str, typer.Option(help="as for prune")] = "",
     align: Annotated[str, typer.Option(help="none, or multiples such as attn=8,mlp=64")] = "none",
     latency: Annotated[bool, typer.Option("--latency", help="also measure what widths cost in time")] = False,
     latency_batch: Annotated[int, typer.Option(help="as for prune")] = 1,
@@ -209,12 +210,12 @@ def analyze(
     """
     quiet_libraries()
     from upop.analysis import analyze as analyze_model
-    from upop.methods import parse_kinds
+    from upop.methods import parse_kinds, parse_layers
     from upop.models import load_model
     from upop.plan import device_type
     from upop.timing import measure_latency_table
 
-    kinds, multiples = parse_kinds(structures), parse_align(align)
+    kinds, multiples, ignored = parse_kinds(structures), parse_align(align), parse_layers(ignored_layers)
     where = device_type(device) if latency else "cpu"
     with out.status("loading the model") as status:
         loaded = load_model(model)
@@ -233,7 +234,10 @@ def analyze(
             if latency
             else None
         )
-    out.print(str(analyze_model(loaded.model, kinds, align=multiples, latency=table)), markup=False)
+    out.print(
+        str(analyze_model(loaded.model, kinds, ignored_layers=ignored, align=multiples, latency=table)),
+        markup=False,
+    )
     out.print(f"MACs are those of an image of {loaded.image_size} x {loaded.image_size} pixels", markup=False)
     if table is not None:
         out.print(f"latency is that of a forward pass: {table}", markup=False)

@@ -16,7 +16,8 @@ from upop.errors import ModelError
 from upop.families import hf, timm, torchvision
 from upop.families.parts import attention, blocks, fused_attention, gated_mlp, mlp, packed_mlp
 from upop.kinds import refine
-from upop.structures import Structure, refuse_shared
+from upop.methods import parse_layers
+from upop.structures import Structure, leave_whole, refuse_shared
 
 __all__ = [
     "FAMILIES",
@@ -112,16 +113,19 @@ def find_family(model: nn.Module) -> Family:
     )
 
 
-def find_structures(model: nn.Module, kinds: Sequence[str] | str | None = None) -> tuple[Structure, ...]:
+def find_structures(
+    model: nn.Module, kinds: Sequence[str] | str | None = None, ignored_layers: Sequence[int] | str = ()
+) -> tuple[Structure, ...]:
     """The prunable structures of `model`, in layer order: those its family describes, or of `kinds` (upop.kinds).
 
-    `kinds` may be a text such as `attn,mlp`. Raises ModelError for unsupported models and kinds that this one does not
-    allow.
+    `kinds` may be a text such as `attn,mlp`, and `ignored_layers`, of which no unit may go, one such as `0,-1`. Raises
+    ModelError for unsupported models and kinds that this one does not allow, UpopError for layers that it has not.
     """
     found = find_family(model).find(model)
     found = found if kinds is None else refine(model, found, kinds)
     refuse_shared(model, found)
-    return found
+    ignored = parse_layers(ignored_layers) if isinstance(ignored_layers, str) else ignored_layers
+    return leave_whole(found, ignored) if ignored else found
 
 
 def _modules_with_weights(model: nn.Module) -> str:
