@@ -1,5 +1,6 @@
 """UPop for vision transformers: prune a ViT by one unified, progressive search, and save a smaller, faster one."""
 
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -48,7 +49,11 @@ def _is_the_command() -> bool:
     return sys.argv[:1] == ["-m"] or (bool(sys.argv) and Path(sys.argv[0]).stem == "upop")
 
 
-if not _is_the_command():
+if _is_the_command():
+    # Ctrl-C before `upop.cli.main` can answer it ends the program, without a traceback through its imports.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+else:
     try:
         # From here on transformers' Auto classes know slimmed models, whatever else of upop is used.
         import_module("upop.pretrained")

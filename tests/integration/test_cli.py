@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +291,21 @@ def test_nobody_waits_for_garbage_to_be_collected_at_the_end_of_a_command():
     script = f"{asked}; sys.argv = ['upop', '--version']; from upop.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout.partition("kept ")[2]) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "said"),
+    [
+        ("import upop; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, ""),
+        ("from upop import cli; cli.app = stop; cli.main()", 130, "upop: interrupted; what was written so far stays"),
+    ],
+    ids=["while it is imported", "later"],
+)
+def test_ctrl_c_shows_no_traceback(where, code, said):
+    script = "import os, signal, sys; sys.argv = ['upop']\n"
+    script += f"def stop(**_): os.kill(os.getpid(), signal.SIGINT); signal.pause()\n{where}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (code, said)
 
 
 def test_the_demo_is_a_valid_run():

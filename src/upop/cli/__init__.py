@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -35,6 +36,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: runs the command line; bad input ends in one line on stderr and exit code 2."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C is answered below
     keep_freed_memory()
     # The system takes all memory back at once; Python would look through torch's objects first, for seconds.
     atexit.register(gc.freeze)
