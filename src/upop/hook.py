@@ -43,7 +43,7 @@ class SearchHook:
         masks: Mapping[str, Tensor] = search.masks.values
         if search.done and search.method.shrink == "once":
             # Nothing has sunk to zero: the last frame is the cut itself, whatever the masks were before it.
-            masks = search.keep()
+            masks = search.hard_masks()
         self._recorder.record(search.steps_done, search.ratio, masks)
 
     def _answer(self) -> None:

@@ -25,12 +25,14 @@ NO_ALIGNMENT: Mapping[str, int] = MappingProxyType({})
 def normalise(structures: Sequence[Structure], scores: Scores, how: str = "zscore") -> dict[str, Tensor]:
     """Scores [U] made comparable between kinds, float64: `how` is one of NORMALISERS, over ALL units of each kind.
 
+    But for structures that may lose none of theirs: those compare with nothing, and their scores become 0.
     In float64, since what is subtracted may be much larger than what is left: the constant gradient of a sparsity
     loss must vanish, not round the scores (paper, Algorithm 1, line 7).
     """
-    result: dict[str, Tensor] = {}
-    for kind in dict.fromkeys(s.kind for s in structures):
-        names = [s.name for s in structures if s.kind == kind]
+    result = {s.name: torch.zeros_like(scores[s.name], dtype=torch.float64) for s in structures}
+    competing = [s for s in structures if not s.fixed]
+    for kind in dict.fromkeys(s.kind for s in competing):
+        names = [s.name for s in competing if s.kind == kind]
         pooled = NORMALISERS[how](torch.cat([scores[name].double() for name in names]))
         result.update(zip(names, torch.split(pooled, [scores[name].numel() for name in names]), strict=True))
     return result

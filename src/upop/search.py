@@ -226,7 +226,7 @@ class Search:
 
     def trained_masks(self) -> list[Tensor]:
         """Mask values [U] that belong into the optimizer, without weight decay; empty for most methods."""
-        return list(self.masks.values.values()) if self.trains_masks else []
+        return [self.masks.values[s.name] for s in self.structures if not s.fixed] if self.trains_masks else []
 
     def penalty(self) -> Tensor:
         """Sparsity loss: `weight * sum |mask|`, summed over kinds (scalar, differentiable)."""
@@ -333,6 +333,10 @@ class Search:
     def keep(self) -> dict[str, Tensor]:
         """Structure name -> bool [U], True = stays; as decided at the last update (all True before the first)."""
         return {name: value.cpu().clone() for name, value in self._keep.items()}
+
+    def hard_masks(self) -> dict[str, Tensor]:
+        """Structure name -> [U], 1 for what stays and 0 for what goes, as `keep`, but where the masks are."""
+        return {name: value.float() for name, value in self._keep.items()}
 
     def slim(self) -> nn.Module:
         """A new, smaller model; after a progressive search with the outputs of the masked one. Ours stays as it is.

@@ -98,6 +98,11 @@ class Structure:
         """Units in each lane."""
         return self.units // self.lanes
 
+    @property
+    def fixed(self) -> bool:
+        """Whether none of the units may go."""
+        return self.floor >= self.width
+
 
 def linear(model: nn.Module, path: str) -> nn.Linear:
     """The plain Linear at `path`; raises ModelError for anything else (quantised and LoRA-wrapped ones too)."""
@@ -209,7 +214,7 @@ def leave_whole(structures: Sequence[Structure], layers: Sequence[int]) -> tuple
 def whole_layers(structures: Sequence[Structure]) -> list[int]:
     """The layers of which something could go, but nothing may."""
     could = {s.layer for s in structures if s.width > 1 or s.drops}
-    return sorted(could - {s.layer for s in structures if s.floor < s.width})
+    return sorted(could - {s.layer for s in structures if not s.fixed})
 
 
 def prunable_cost(structures: Iterable[Structure]) -> int:

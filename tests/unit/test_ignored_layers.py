@@ -50,10 +50,29 @@ def test_a_search_takes_all_that_must_go_from_the_other_layers(make_model, image
     assert layers_that_lost(search.keep()) == {1, 2}
     small = search.slim()
     assert count_params(small) == pytest.approx(0.7 * count_params(model), rel=0.02)
+    assert all((search.masks.values[s.name] == 1).all() for s in search.structures if s.layer in (0, LAYERS - 1))
     if search.method.shrink == "progressive":
         torch.testing.assert_close(logits_of(small, images()), logits_of(model, images()), rtol=0, atol=1e-4)
     whole = [s for s in find_structures(small) if s.layer in (0, len({s.block for s in find_structures(small)}) - 1)]
     assert {s.width for s in whole if s.kind == "mlp"} == {256}
+
+
+@pytest.mark.parametrize("order", ["paper", "authors"])
+def test_what_others_lose_does_not_depend_on_scores_of_the_ignored_ones(make_model, order):
+    found = []
+    for scale in (1.0, 1e3):
+        options = {"ignored_layers": (0,), "gradient_order": order}
+        search = Search(make_model(layers=LAYERS), target="prunable=0.4", steps=2, **options)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            terms = []
+            for s in search.structures:
+                gradient = torch.randn(s.units, generator=generator) * (scale if s.name == "attn.0" else 1.0)
+                terms.append((search.masks.values[s.name] * gradient).sum())
+            sum(terms).backward()
+            search.step()
+        found.append(search.keep())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_whole_blocks_may_all_go_but_for_the_ignored_ones(make_model, images):
