@@ -207,9 +207,16 @@ def _image_settings(
 ) -> tuple[int, tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
     """Image size of the config; mean and std of the image processor or, without one, the model type's, with a note.
 
-    Raises ModelError for models of other than square RGB images, and for a processor that cannot be read.
+    Raises ModelError for models of other than square RGB images, or that do not say of which, and for a processor that
+    cannot be read.
     """
     vision = getattr(model.config, "vision_config", model.config)
+    for said in ("image_size", "num_channels"):
+        if not hasattr(vision, said):
+            raise ModelError(
+                f"{name}: expected a vision transformer that has image_size and num_channels in its config.json, got "
+                f"a {type(model).__name__} without {said}"
+            )
     size = vision.image_size
     size = size if isinstance(size, int) else size[0] if len(set(size)) == 1 else None
     if size is None or vision.num_channels != 3:

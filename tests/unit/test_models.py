@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import upop
@@ -152,6 +153,13 @@ def test_the_image_half_of_a_two_tower_model_will_do_too(tmp_path):
     assert loaded.model(pixel_values=torch.randn(1, 3, 32, 32)).logits.shape == (1, 4)
     name = "vision_model.encoder.layers.1.mlp.fc1.weight"
     assert torch.equal(loaded.model.get_parameter(name), whole.state_dict()[name])
+
+
+def test_a_model_whose_config_names_no_image_size_is_refused(tmp_path):
+    shape = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(ResNetConfig(**shape)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"image_size .* got a ResNetForImageClassification without image_size"):
+        load_model(str(tmp_path))
 
 
 def test_models_of_grey_images_are_refused(make_model, tmp_path):
