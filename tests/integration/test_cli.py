@@ -402,6 +402,16 @@ def test_a_report_replaces_reports_alone(upop, refused, tmp_path):
         assert upop("report", folder, "--out", "mine")[0] == 0
 
 
+def test_a_home_that_no_shell_has_expanded_is_found(upop, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    results = Path(__file__).parents[2] / "results" / "crossed"
+    assert upop("report", results, "--out=~/mine")[0] == 0
+    assert upop("report", results, "--out", "~/mine too")[0] == 0
+    assert sorted(path.name for path in tmp_path.rglob("report.md")) == ["report.md"] * 2
+    assert (tmp_path / "home/mine/report.md").exists()
+    assert upop("analyze", "~/no model")[2].startswith(f"upop: model '{tmp_path}/home/no model'")
+
+
 def test_a_run_is_taken_up_where_its_paths_lead_somewhere(upop, refused, tmp_path, monkeypatch):
     begun = tmp_path / "where it began"
     for name in ("a", "b"):

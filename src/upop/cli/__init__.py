@@ -42,6 +42,7 @@ def main() -> None:
     # The system takes all memory back at once; Python would look through torch's objects first, for seconds.
     atexit.register(gc.freeze)
     _take_debug()
+    _find_home()
     try:
         code = app(standalone_mode=False, prog_name="upop")
     except StopError as error:
@@ -76,6 +77,14 @@ def _take_debug() -> None:
     if "--debug" in sys.argv[1:]:
         sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
         os.environ["UPOP_DEBUG"] = "1"  # for processes that this one starts as well
+
+
+def _find_home() -> None:
+    """Expand a ~ that begins a path, which shells leave alone in --out=~/runs."""
+    for place, argument in enumerate(sys.argv[1:], 1):
+        option, _, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if value.startswith("~"):
+            sys.argv[place] = f"{option}{'=' if option else ''}{os.path.expanduser(value)}"
 
 
 def _fail(message: str, error: Exception) -> int:

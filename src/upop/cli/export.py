@@ -45,12 +45,11 @@ def export(
     from upop.export import export as export_model
 
     options: dict[str, Any] = {"format": format, "variant": variant, "opset": opset, "min_agreement": min_agreement}
-    where = out.expanduser()
-    check(where, **options, overwrite=overwrite)
+    check(out, **options, overwrite=overwrite)
     with console.status("loading model and data"):
         images = None if data is None else read_images(config, split)
     with console.status("exporting and checking"):
-        result = export_model(config.model, where, images=images, **options, overwrite=overwrite)
+        result = export_model(config.model, out, images=images, **options, overwrite=overwrite)
     source = "" if result.source_bytes is None else f", model.safetensors {result.source_bytes / 1e6:.2f} MB"
     console.print(f"{result.path}: {result.variant}, {result.bytes / 1e6:.2f} MB{source}", markup=False)
     console.print(

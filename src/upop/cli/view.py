@@ -32,7 +32,7 @@ def view(
     from upop.view import find_folders, load_viewed, samples
     from upop.viewserver import ViewServer
 
-    found = find_folders([str(folder.expanduser()) for folder in folders])
+    found = find_folders([str(folder) for folder in folders])
     with console.status("loading models"):
         models = load_viewed(found, device=device_type(device))
     with console.status("loading data"):
