@@ -41,7 +41,7 @@ def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
     """A text file in UTF-8. Raises UpopError for what is none, with a hint, and OSError for what cannot be read."""
     content = read_bytes(path, most=most)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")  # the mark that editors on Windows begin with
     except UnicodeDecodeError as error:
         raise UpopError(
             f"{path}: expected text in UTF-8, got byte 0x{content[error.start]:02x} at {error.start}; save it as UTF-8"

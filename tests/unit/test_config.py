@@ -160,6 +160,11 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, content, message):
         load_config(path)
 
 
+def test_a_file_of_an_editor_on_windows_is_read(tmp_path):
+    (tmp_path / "run.toml").write_text('# Größe\nmodel = "m"\n', encoding="utf-8-sig", newline="\r\n")
+    assert load_config(tmp_path / "run.toml") == {"model": "m"}
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read"):
         load_config(tmp_path / "absent.toml")
