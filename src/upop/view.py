@@ -134,6 +134,9 @@ def load_viewed(folders: Mapping[str, Path], *, device: str) -> list[Viewed]:
     found = []
     for name, folder in folders.items():
         loaded = load_model(str(folder))
+        config: Any = loaded.model.config
+        if config.problem_type == "regression":
+            raise ModelError(f"{folder}: expected a classifier, got a model for regression, which names no classes")
         try:
             own_widths = widths(find_structures(loaded.model))
         except ModelError:
@@ -197,7 +200,7 @@ def predict(models: Sequence[Viewed], image: Image.Image, *, seconds: float = 0.
         model: Any = viewed.loaded.model
         pixels = _pixels(viewed, image)
         passes[viewed.name] = lambda model=model, pixels=pixels: model(pixel_values=pixels)
-        tops[viewed.name] = _top(model(pixel_values=pixels).logits[0], model.config.id2label)
+        tops[viewed.name] = _top(model(pixel_values=pixels).logits[0], model.config)
     device = next(models[0].loaded.model.parameters()).device
     times = time_in_turns(passes, device=device, min_runs=5, max_seconds=seconds)
     return [Prediction(viewed.name, tops[viewed.name], times[viewed.name].median_ms) for viewed in models]
@@ -214,10 +217,13 @@ def _pixels(viewed: Viewed, image: Image.Image) -> Tensor:
     return pixels.to(next(viewed.loaded.model.parameters()).device)
 
 
-def _top(logits_C: Tensor, labels: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
-    found = logits_C.float().softmax(-1).topk(min(TOP, len(logits_C)))
+def _top(logits_C: Tensor, config: Any) -> tuple[tuple[str, float], ...]:
+    # As pipelines have it: of one logit, or of labels that do not exclude each other, each is a yes or no by itself.
+    apart = len(logits_C) == 1 or config.problem_type == "multi_label_classification"
+    scores = logits_C.float().sigmoid() if apart else logits_C.float().softmax(-1)
+    found = scores.topk(min(TOP, len(logits_C)))
     pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    return tuple((str(labels.get(index, index)), value) for index, value in pairs)
+    return tuple((str(config.id2label.get(index, index)), value) for index, value in pairs)
 
 
 @dataclass(frozen=True)

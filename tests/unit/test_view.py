@@ -121,6 +121,29 @@ def test_predictions_are_those_of_the_pipeline(run, models):
         assert found.ms > 0
 
 
+@pytest.mark.parametrize(("labels", "problem"), [(1, None), (3, "multi_label_classification")])
+def test_labels_that_do_not_exclude_each_other_are_as_likely_as_the_pipeline_says(
+    make_model, tmp_path, labels, problem
+):
+    model = make_model("vit", image=16, patch=8, width=32, labels=labels)
+    model.config.problem_type = problem
+    upop.save_pretrained(model, tmp_path)
+    save_image_processor(tmp_path, load_model(str(tmp_path)))
+    [mine] = predict(load_viewed({"mine": tmp_path}, device="cpu"), noise(), seconds=0)
+    from transformers import pipeline
+
+    theirs = pipeline("image-classification", model=str(tmp_path))(noise())
+    assert dict(mine.top) == pytest.approx({found["label"]: found["score"] for found in theirs}, abs=1e-6)
+
+
+def test_a_model_that_names_no_classes_is_refused(make_model, tmp_path):
+    model = make_model("vit", image=16, patch=8, width=32, labels=1)
+    model.config.problem_type = "regression"
+    upop.save_pretrained(model, tmp_path)
+    with pytest.raises(ModelError, match="expected a classifier, got a model for regression"):
+        load_viewed({"mine": tmp_path}, device="cpu")
+
+
 def test_a_model_without_a_processor_gets_images_as_training_would_give_them(run, tmp_path):
     bare = tmp_path / "bare"
     upop.save_pretrained(upop.from_pretrained(run / "dense"), bare)
