@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from upop.errors import ModelError, UpopError, nearest
@@ -277,10 +278,14 @@ def image_processor(name: str, loaded: LoadedModel) -> Any:
     # Not from the top of transformers, whose import of it wants torchvision before 5.18.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+    side = loaded.image_size
     try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        found = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        # Images of another shape than it was taken to have are refused by most models.
+        made = found(images=Image.new("RGB", (2 * side, side)), return_tensors="np")["pixel_values"]
     except (OSError, ValueError, ImportError):
         return _own_processor(loaded)
+    return found if made.shape == (1, 3, side, side) else _own_processor(loaded)
 
 
 def _own_processor(loaded: LoadedModel) -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_a_model_without_a_processor_gets_images_as_training_would_give_them(run
     [theirs] = predict(load_viewed({"a": bare}, device="cpu"), noise(), seconds=0.01)
     [ours] = predict(load_viewed({"a": run / "dense"}, device="cpu"), noise(), seconds=0.01)
     assert [label for label, _ in theirs.top] == [label for label, _ in ours.top]
+
+
+@pytest.mark.parametrize("said", [{"size": 12}, {"size": {"shortest_edge": 16}}, {"do_resize": False}], ids=str)
+def test_a_processor_of_images_that_the_model_does_not_take_is_left_aside(run, tmp_path, said):
+    shutil.copytree(run / "dense", tmp_path, dirs_exist_ok=True)
+    values = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | said))
+    [found] = predict(load_viewed({"a": tmp_path}, device="cpu"), noise(), seconds=0)
+    assert len(found.top) == 5
 
 
 def test_widths_are_drawn_against_the_widest_of_their_kind(models):
