@@ -53,6 +53,18 @@ def _no_family_is_left_behind() -> Iterator[None]:
     FAMILIES[:] = before
 
 
+@pytest.fixture(scope="module")
+def only_results() -> Iterator[None]:
+    """Runs without what most tests of them never look at: pictures are empty files, latency is that of one image."""
+    from upop import measure, stages
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in stages.PICTURES:
+            patch.setitem(stages.PICTURES, name, lambda result, path: path.touch())
+        patch.setattr(measure, "LATENCY_BATCHES", (1,))
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., nn.Module]:
     """Factory of seeded models of the three Hugging Face classes, in eval mode: `vit`, `deit`, `teacher`.
