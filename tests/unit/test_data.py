@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
 from upop.benchrun import FILE
 from upop.collect import KEEP
@@ -1295,6 +1296,17 @@ def test_workers_go_on_when_all_processes_of_a_run_are_asked_to_stop(tmp_path: P
     # By another process than their own: that one ends them.
     subprocess.run(["kill", "-TERM", *(str(child.pid) for child in multiprocessing.active_children())], check=True)
     assert len(list(loader)) == 43
+
+
+def test_workers_go_on_when_they_are_asked_to_stop_before_they_have_begun(tmp_path: Path, monkeypatch) -> None:
+    begin = signal_handling._set_worker_signal_handlers
+
+    def asked() -> None:
+        begin()  # from here on torch has workers end by a SIGTERM
+        subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", asked)
+    assert len(list(batches(streamed(tmp_path / "d"), batch_size=1, workers=2))) == 44
 
 
 @pytest.mark.parametrize(("stored", "size"), [((8, 8), 20), ((32, 32), 12), ((10, 14), 10), ((40, 30), 16)])

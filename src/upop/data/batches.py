@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -115,7 +116,9 @@ class Batches:
             worker_init_fn=_end_by_parent_alone,
             generator=torch.Generator(),  # otherwise it draws from, and so changes, the global one
         )
-        for images in loader:
+        with _no_sigterm():  # a worker inherits that, and so has it from its first moment
+            fetched = iter(loader)
+        for images in fetched:
             if isinstance(images, str):
                 raise DataError(images)
             yield images.to(self.device, non_blocking=True)
@@ -151,9 +154,22 @@ class _Picked(Dataset[Tensor | str]):
             return str(error)
 
 
+@contextmanager
+def _no_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM waits, where workers can take it up again in `_end_by_parent_alone`."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_by_parent_alone(worker: int) -> None:
     """In a worker: a SIGTERM to all processes of a run, as of a cluster, ends none that the run still needs."""
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+    if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
