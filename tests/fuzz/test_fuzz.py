@@ -50,7 +50,7 @@ def read_or_one_line(read):
 def test_hostile_inputs_are_refused_in_one_line_within_bounds():
     """Every reader, in processes of their own: what was found before, and some new ones."""
     done = subprocess.run(
-        [sys.executable, HERE / "run.py", "--replay", HERE / "corpus.json", "--inputs", "40", "--budget", "15"],
+        [sys.executable, HERE / "run.py", "--replay", HERE / "corpus.json", "--inputs", "40", "--budget", "10"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -96,13 +96,19 @@ def test_what_is_no_table_is_refused(tree):
         Bench.from_dict({"schema": 1, "status": "complete", **values})
 
 
-@quick
-@given(mutations=mutations_of("x.npz"))
-def test_a_damaged_trace_is_refused_or_read(tmp_path_factory, mutations):
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trace")
     readers.build_trace(folder)
     file = folder / "run/trace.npz"
-    file.write_bytes(m.mutate(file.read_bytes(), file.name, mutations))
+    return file, file.read_bytes()
+
+
+@quick
+@given(mutations=mutations_of("x.npz"))
+def test_a_damaged_trace_is_refused_or_read(trace, mutations):
+    file, content = trace
+    file.write_bytes(m.mutate(content, file.name, mutations))
     found = read_or_one_line(lambda: load_trace(file))
     assert found is None or found.masks.ndim == 2
 
@@ -163,7 +169,7 @@ for code in json.loads(sys.argv[2]):
     names = {"UpopError": UpopError, "IN": str(work / "in")}
     readers.READERS["x"] = readers.Reader(print, lambda: exec(code, names), ("*",))
     given = run.Input("x", "f", [])
-    found.append(run.try_input(given, base, work, seconds=4, mebibytes=256).verdict)
+    found.append(run.try_input(given, base, work, seconds=2, mebibytes=256).verdict)
 print(json.dumps(found))
 """
 

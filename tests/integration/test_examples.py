@@ -1,8 +1,7 @@
 """Every example that takes a share of its training runs to its end and leaves a model of half the size."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,22 +14,16 @@ PARAMS = 202_698
 
 
 @pytest.mark.parametrize("name", ["hf_trainer", "lightning_loop", "accelerate_loop"])
-def test_an_example_ends_with_a_smaller_saved_model(name, tmp_path):
+def test_an_example_ends_with_a_smaller_saved_model(name, tmp_path, monkeypatch, capsys):
     if name == "lightning_loop":
         pytest.importorskip("lightning")
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", "0.02"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "0.02"])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     small = upop.from_pretrained(tmp_path / "digits-half")
     params = sum(p.numel() for p in small.parameters())
     assert params == pytest.approx(PARAMS / 2, rel=0.01)
-    assert done.stdout.splitlines()[-1] == f"saved: {params:,} of {PARAMS:,} parameters"
+    assert capsys.readouterr().out.splitlines()[-1] == f"saved: {params:,} of {PARAMS:,} parameters"
 
 
 NOTEBOOK = json.loads((EXAMPLES / "upop_in_five_minutes.ipynb").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import upop
-from upop import checkpoint, cli, folder, stages
+from upop import checkpoint, cli, disk, folder, stages
 from upop.config import make_config
 from upop.errors import UpopError
 from upop.run import prune, resume
@@ -178,34 +179,29 @@ def test_a_real_limit_on_the_size_of_files_is_one_line(tmp_path):
     assert not list((tmp_path / "run/checkpoints").iterdir()), "half a checkpoint would be in the way of the next"
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from upop.disk import write_whole
-from upop.folder import RunFolder
+def write_for_ever(path):
+    """In a process that is to be killed; it never returns."""
 
-folder = RunFolder(Path(sys.argv[1]))
+    def fill(path):
+        with (path / "model.safetensors").open("wb") as file:
+            for _ in range(20):
+                file.write(bytes(2**20))
 
-def fill(path):
-    with (path / "model.safetensors").open("wb") as file:
-        for _ in range(20):
-            file.write(bytes(2**20))
-
-print("ready", flush=True)
-number = 0
-while True:
-    number += 1
-    write_whole(folder.path / "result.json", '{"number": %d, "rest": "%s"}' % (number, "x" * 2**20))
-    folder.write_folder("model", fill)
-"""
+    with contextlib.suppress(BaseException):
+        runs = folder.RunFolder(path)
+        for number in itertools.count(1):
+            disk.write_whole(path / "result.json", json.dumps({"number": number, "rest": "x" * 2**20}))
+            runs.write_folder("model", fill)
+    os._exit(1)
 
 
 def test_what_a_kill_leaves_is_whole_or_not_there(tmp_path):
     for wait in (0.06, 0.23):
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(wait)
-            process.send_signal(signal.SIGKILL)
+        if (child := os.fork()) == 0:
+            write_for_ever(tmp_path)
+        time.sleep(wait)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it wrote until then"
         if (tmp_path / "result.json").exists():
             assert len(json.loads((tmp_path / "result.json").read_text())["rest"]) == 2**20
         # Between two renames the older one is aside, whole; else what is left of it is on its way out.

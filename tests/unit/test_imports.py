@@ -1,6 +1,7 @@
 """Promises about the whole package: who may import whom, who prints, and the public names."""
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,7 @@ FORBIDDEN = {
 }
 
 
+@functools.cache
 def tree(module):
     return ast.parse(FILES[module].read_text())
 
