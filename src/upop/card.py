@@ -3,13 +3,15 @@
 Tells what result.json tells, and nothing more. Must not know torch, and writes nothing.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upop.data.sources import HUB_NAMES
-from upop.reading import read_text
+from upop.errors import UpopError
+from upop.reading import read_json, read_text
 
 CARD = "README.md"
 STAGES = {"dense": "dense", "slim": "slimmed, before retraining", "retrain": "pruned and retrained"}
@@ -37,13 +39,14 @@ CITATION = """```bibtex
 class Parent:
     """What a pruned model began as: `name` for people; its Hub name and licence where they are known.
 
-    `own`: from random weights, so that the licence is for whoever trained it to choose.
+    `own`: from random weights, so that the licence is for whoever trained it to choose. `slimmed`: by a run before.
     """
 
     name: str
     hub: str | None = None
     licence: str | None = None
     own: bool = False
+    slimmed: bool = False
 
 
 def find_parent(model: str, folder: Path | None) -> Parent:
@@ -58,7 +61,13 @@ def find_parent(model: str, folder: Path | None) -> Parent:
     hub = (base if isinstance(base, str) else None) if Path(model).exists() else model
     path = folder.resolve()
     name = hub or f"a model of one's own (`{path.parent.name if path.name == 'model' else path.name}`)"
-    return Parent(name, hub, licence if isinstance(licence, str) else None)
+    return Parent(name, hub, licence if isinstance(licence, str) else None, slimmed=_is_slimmed(folder))
+
+
+def _is_slimmed(folder: Path) -> bool:
+    with contextlib.suppress(OSError, UpopError):
+        return str(read_json(folder / "config.json").get("model_type")).startswith("upop_")
+    return False
 
 
 def _metadata(card: Path) -> Mapping[str, Any]:
@@ -76,13 +85,14 @@ def model_card(result: Mapping[str, Any], parent: Parent, *, name: str) -> str:
     """README.md for the model of a run whose result.json is `result`; `name` is the model's, for its heading."""
     stages = [stage for stage in STAGES if stage in result["accuracy"]]
     final, split = stages[-1], "test" if "test" in result["accuracy"]["dense"] else "validation"
-    slimmed = final != "dense"
+    slimmed = "slim" in stages or parent.slimmed
     # A search may find nothing that can go, and the control is not to remove anything.
-    pruned = slimmed and result["params"]["after"] < result["params"]["before"]
+    pruned = result["params"]["after"] < result["params"]["before"]
+    trained = f"Trained on {_data(result)} by upop; {'pruned before, not again' if parent.slimmed else 'not pruned'}."
     sections = [
         _header(result, parent, name=name, split=split, accuracy=result["accuracy"][final][split]),
         f"# {name}",
-        _summary(result, parent) if pruned else f"{_began(parent)} Trained on {_data(result)} by upop; not pruned.",
+        _summary(result, parent) if pruned else f"{_began(parent)} {trained}",
         *[f"> **{warning}**" for warning in result["warnings"]],
         _numbers(result, stages, STAGES if pruned else STAGES | {"retrain": "retrained"}),
         *([_widths(result["widths"])] if pruned else []),

@@ -77,6 +77,20 @@ def test_a_run_that_removed_nothing_says_so():
     assert "modeling_upop.py" in card, "it was saved as a slimmed model all the same"
 
 
+def test_what_is_trained_on_is_loaded_as_what_it_is():
+    """By the stage `dense` or `retrain` alone, from a slimmed model or from one that never was."""
+    retrained = DENSE | {
+        key: {"dense": DENSE[key]["dense"], "retrain": DENSE[key]["dense"]} for key in ("accuracy", "loss")
+    }
+    for result in (DENSE, retrained):
+        card = model_card(result, Parent("mine", slimmed=True), name="on")
+        assert "by upop; pruned before, not again." in card
+        assert "trust_remote_code=True" in card
+        card = model_card(result, Parent("mine"), name="on")
+        assert "by upop; not pruned." in card
+        assert "trust_remote_code" not in card
+
+
 def test_widths_of_a_dense_model_are_from_the_least_to_the_most():
     widths = HALF["widths"] | {"before": {"attn": [17, 23, 27, 29, 23, 17], "mlp": [768] * 6}}
     card = model_card(HALF | {"widths": widths}, DEIT, name="half")
@@ -122,6 +136,12 @@ def test_a_parent_of_the_hub_goes_by_its_name_there(tmp_path):
         "facebook/deit-tiny", "facebook/deit-tiny", "apache-2.0"
     )
     assert find_parent("deit-tiny", None).own
+
+
+@pytest.mark.parametrize(("kind", "slimmed"), [("upop_vit", True), ("vit", False)])
+def test_a_parent_that_was_slimmed_is_known_by_its_config(tmp_path, kind, slimmed):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert find_parent("mine", tmp_path).slimmed == slimmed
 
 
 # ---------------------------------------------------------------- publishing
