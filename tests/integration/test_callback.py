@@ -3,10 +3,7 @@
 import copy
 import json
 import logging
-import runpy
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -355,56 +352,6 @@ def test_a_compiled_training_keeps_the_same(model, trainer):
     # What is compiled from the graphs is another test's, and takes half a minute.
     trainer(model, callback, torch_compile=True, torch_compile_backend="aot_eager").train()
     assert same(callback.search.keep(), expected.keep())
-
-
-WORKER = """
-import os, sys
-import torch
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
-import upop
-from upop.callback import SearchCallback
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = ViTForImageClassification(ViTConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=16, patch_size=8,
-    num_labels=4,
-)).double()
-data = torch.Generator().manual_seed(1)
-images = torch.randn(32, 3, 16, 16, generator=data).double()
-samples = [{"pixel_values": x, "labels": i % 4} for i, x in enumerate(images)]
-callback = SearchCallback(target=upop.Target(params=0.4), method="unified")
-arguments = TrainingArguments(
-    sys.argv[1] + "-out", max_steps=6, per_device_train_batch_size=int(sys.argv[2]), use_cpu=True, report_to=[],
-    save_steps=3, disable_tqdm=True, optim="sgd", learning_rate=0.05, data_seed=0,
-    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-)
-trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[callback])
-trainer.train()
-with open(f"{sys.argv[1]}-{arguments.process_index}-of-{arguments.world_size}", "w") as file:
-    file.write("".join(str(int(k)) for keep in callback.search.keep().values() for k in keep))
-if torch.distributed.is_initialized():
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # or the first to leave may abort the other
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_keep_the_same_units_as_one(tmp_path, monkeypatch):
-    """Trained masks, which need the gradients of both; those of the search itself are in test_processes.py."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    arguments = [str(script), str(tmp_path / "keep")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "4"])
-    runpy.run_path(str(script))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, *arguments, "2"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    alone, first, second = (tmp_path / f"keep-{name}" for name in ("0-of-1", "0-of-2", "1-of-2"))
-    assert {"0", "1"} == set(alone.read_text())
-    assert first.read_text() == second.read_text()
-    assert alone.read_text() == first.read_text()
-    assert (tmp_path / "keep-out" / "checkpoint-6" / PLAIN).is_file()
 
 
 def test_a_slimmed_models_own_training_goes_on_from_the_model_that_is_loaded_from_its_checkpoint(

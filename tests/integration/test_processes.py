@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from upop import Search, Target, processes
+from upop.callback import PLAIN
 from upop.config import make_config
 from upop.errors import ModelError, UpopError
 from upop.run import prune, resume
@@ -20,49 +21,67 @@ WORKER = """
 import os, sys
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 import upop
+from upop.callback import SearchCallback
 
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world, base = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), sys.argv[1]
 torch.set_num_threads(1)
-torch.manual_seed(0)
-model = ViTForImageClassification(ViTConfig(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=16, patch_size=8,
-    num_labels=4,
-)).double()
-search = upop.Search(model, target=upop.Target(params=0.4), steps=6)
-wrapped = model
-if world > 1:
-    dist.init_process_group("gloo")
-    wrapped = DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+def model(width):
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(
+        hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=16,
+        patch_size=8, num_labels=4,
+    )).double()
+
+def tell(name, keep):
+    # A file each: what two processes print to one pipe may be mixed.
+    with open(f"{base}/{name}-{rank}-of-{world}", "w") as file:
+        file.write("".join(str(int(k)) for keep in keep.values() for k in keep))
+
+# One's own loop, and the search's own masks.
+alone = model(64)
+search = upop.Search(alone, target=upop.Target(params=0.4), steps=6)
+wrapped = DistributedDataParallel(alone) if world > 1 else alone
+optimizer = torch.optim.SGD(alone.parameters(), lr=0.05)
 data = torch.Generator().manual_seed(1)
 for _ in range(6):
     x, y = torch.randn(8, 3, 16, 16, generator=data).double(), torch.randint(0, 4, (8,), generator=data)
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
     (cross_entropy(wrapped(pixel_values=x[mine]).logits, y[mine]) + search.penalty()).backward()
     optimizer.step(); search.step(); optimizer.zero_grad()
-# A file each: what two processes print to one pipe may be mixed.
-with open(f"{sys.argv[1]}-{rank}-of-{world}", "w") as file:
-    file.write("".join(str(int(k)) for keep in search.keep().values() for k in keep))
+tell("loop", search.keep())
+
+# The Trainer, and trained masks, which need the gradients of both.
+AcceleratorState._reset_state(reset_partial_state=True)
+data = torch.Generator().manual_seed(1)
+images = torch.randn(32, 3, 16, 16, generator=data).double()
+callback = SearchCallback(target=upop.Target(params=0.4), method="unified")
+arguments = TrainingArguments(
+    f"{base}/trained-{world}", max_steps=6, per_device_train_batch_size=4 // world, use_cpu=True, report_to=[],
+    save_steps=3, disable_tqdm=True, optim="sgd", learning_rate=0.05, data_seed=0,
+    ddp_backend="gloo" if world > 1 else None,
+)
+samples = [{"pixel_values": x, "labels": i % 4} for i, x in enumerate(images)]
+Trainer(model(32), arguments, train_dataset=samples, callbacks=[callback]).train()
+tell("trainer", callback.search.keep())
 if world > 1:
-    dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()  # or the first to leave may abort the other
 """
 
 
 @pytest.mark.slow
-def test_two_processes_keep_the_same_units_as_one(tmp_path, monkeypatch):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "keep")])
-    runpy.run_path(str(script))
-    done = subprocess.run([*TORCHRUN, *sys.argv], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    alone, first, second = (tmp_path / f"keep-{name}" for name in ("0-of-1", "0-of-2", "1-of-2"))
-    assert {"0", "1"} == set(alone.read_text())
-    assert alone.read_text() == first.read_text() == second.read_text()
+@pytest.mark.parametrize("name", ["loop", "trainer"])
+def test_two_processes_keep_the_same_units_as_one(ran, name):
+    alone, first, second = ((ran / f"{name}-{which}").read_text() for which in ("0-of-1", "0-of-2", "1-of-2"))
+    assert {"0", "1"} == set(alone)
+    assert alone == first == second
+    assert (ran / "trained-2/checkpoint-6" / PLAIN).is_file()
 
 
 # ---------------------------------------------------------------- whole runs
@@ -74,7 +93,7 @@ OPTIONS = {
     "stages": "search",
     "epochs_search": 1,
     "batch_size": 63,
-    "subset": 400,
+    "subset": 261,
     "optimizer": "adamw",
     "precision": "fp32",
     "device": "cpu",
@@ -119,6 +138,7 @@ for name in ("resumed", "left"):
     except StopError as stop:
         (base / f"{name}-{rank}").write_text(str(stop))
 resume(base / "two/resumed")
+exec((base / "worker.py").read_text())
 """
 
 
@@ -131,16 +151,20 @@ def of(folder):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def ran(tmp_path_factory, only_results):
     """Folder with the runs of one process below `one`, those of two below `two`."""
     base = tmp_path_factory.mktemp("processes")
-    dense = {**OPTIONS, "model": "deit-digits-2layers", "stages": "dense", "epochs_dense": 2, "lr": 1e-3}
+    dense = {**OPTIONS, "model": "deit-digits-2layers", "stages": "dense", "epochs_dense": 1, "lr": 1e-3}
     prune(make_config({**dense, "out": str(base / "dense")}))
     configs = {name: {**OPTIONS, **more, "model": str(base / "dense/dense")} for name, more in RUNS.items()}
     (base / "configs.json").write_text(json.dumps(configs))
     for name, config in configs.items():
         prune(make_config({**config, "out": str(base / "one" / name)}))
     (base / "program.py").write_text(PROGRAM)
+    (base / "worker.py").write_text(WORKER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["worker.py", str(base)])
+        runpy.run_path(str(base / "worker.py"))
     done = subprocess.run([*TORCHRUN, base / "program.py", base], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return base

@@ -149,7 +149,7 @@ def test_a_search_and_what_it_leaves_are_on_the_device(gpu, accelerator, make_mo
     model = make_model(layers=2 if "align" in options else 1).to("cuda")
     # The loop itself once a step; the search at every 20th, which one case comes to, and for its last decision by
     # weights.
-    steps = 10 if options else 20
+    steps = 6 if options else 20
     search = searched(gpu, model, accelerator, steps, **options)
     assert search.done
     assert gpu.asked <= steps + 2 or options.get("method") == "magnitude"
