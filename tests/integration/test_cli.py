@@ -420,12 +420,12 @@ def test_a_run_is_taken_up_where_its_paths_lead_somewhere(upop, refused, tmp_pat
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(file)
     monkeypatch.chdir(begun)
-    stop = "import os, signal; from upop.observer import Nobody as N; from upop import run\n"
-    stop += "N.progress = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-    stop += "run.prune(run.make_config(dict(model='deit-digits', data='photos', out='half way', stages='dense', "
-    stop += "epochs_dense=9, batch_size=8, latency_seconds=0.05)))"
-    assert subprocess.run([sys.executable, "-c", stop], capture_output=True, check=False).returncode != 0
-    _, _, message = upop("prune", "--model", "deit-digits", "--data", "photos", "--out", "half way")
+    options = ["--model", "deit-digits-2layers", "--data", "photos", "--out", "half way", "--batch-size", "8"]
+    options += ["--stages", "dense", "--epochs-dense", "2", "--latency-seconds", "0.02"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.Watcher, "progress", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert upop("prune", *options)[0] == 75
+    _, _, message = upop("prune", "--model", "deit-digits-2layers", "--data", "photos", "--out", "half way")
     assert "go on with --resume 'half way', or start over" in message
     monkeypatch.chdir(tmp_path)
     message = refused("prune", "--resume", begun / "half way")

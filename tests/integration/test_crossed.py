@@ -10,13 +10,14 @@ from upop.config import make_config
 from upop.run import prune
 from upop.trace import load_trace
 
+pytestmark = pytest.mark.usefixtures("only_results")
 ROOT = Path(__file__).parents[2]
 QUICK = {
     "model": "deit-digits-2layers",
     "data": "digits",
     "target": "params=0.6",
-    "batch_size": 64,
-    "subset": 640,
+    "batch_size": 32,
+    "subset": 256,
     "flip": False,
     "latency_seconds": 0.02,
     "threads": 1,
@@ -33,10 +34,10 @@ def crossed():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, only_results):
     """A dense model, and a search and a one-shot ranking that began with it."""
     folder = tmp_path_factory.mktemp("crossed")
-    prune(make_config({**QUICK, "stages": "dense", "epochs_dense": 2, "out": str(folder / "dense")}))
+    prune(make_config({**QUICK, "stages": "dense", "epochs_dense": 1, "out": str(folder / "dense")}))
     pruned = {**QUICK, "model": str(folder / "dense/model"), "stages": "search,retrain", "epochs_retrain": 1}
     prune(make_config({**pruned, "epochs_search": 1, "out": str(folder / "search")}))
     return folder

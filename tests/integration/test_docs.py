@@ -272,7 +272,7 @@ def test_the_quickstart_leads_from_a_folder_of_images_to_an_onnx_file(upop, tmp_
     typed = [words[1:] for block in blocks(page, "") for words in lines(block) if words[0] == "upop"]
     assert len(typed) < 10
     less = {
-        "prune": ["--subset", "300", "--latency-seconds", "0.05"],
+        "prune": ["--subset", "100", "--latency-seconds", "0.02"],
         "bench": ["--seconds", "0.05", "--runtimes", "eager", "--dtypes", "float32"],
     }
     for words in typed:

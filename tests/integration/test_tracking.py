@@ -22,8 +22,8 @@ QUICK = {
     "epochs_dense": 1,
     "epochs_search": 1,
     "epochs_retrain": 1,
-    "batch_size": 64,
-    "subset": 192,
+    "batch_size": 16,
+    "subset": 48,
     "latency_seconds": 0.02,
     "flip": False,
 }
