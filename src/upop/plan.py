@@ -241,10 +241,12 @@ def _alignment(config: PruneConfig, model: nn.Module, kinds: Sequence[str], devi
     """
     if config.align != "auto":
         wanted = {} if config.align == "none" else parse_align(config.align)
+        structures = find_structures(model, kinds)
+        known = dict.fromkeys(s.kind for s in structures)  # of a model slimmed over qk and v these, whatever was said
         for kind in wanted:
-            if kind not in kinds:
-                raise UpopError(f"align: expected kinds among structures = {config.structures}, got {kind!r}")
-            widest = max(s.width for s in find_structures(model, kinds) if s.kind == kind)
+            if kind not in known:
+                raise UpopError(f"align: expected kinds among structures = {','.join(known)}, got {kind!r}")
+            widest = max(s.width for s in structures if s.kind == kind)
             if wanted[kind] >= widest > 1:
                 raise UpopError(
                     f"align: {kind}={wanted[kind]}: expected less than the {widest} units that a layer has, or none "
