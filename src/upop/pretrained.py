@@ -29,7 +29,9 @@ CLASSIFIERS = transformers.AutoModelForImageClassification
 NOT_OF_THE_BACKBONE = (
     *("classifier", "pooler", "mask_token", "decoder."),
     *("text_model", "text_projection", "visual_projection", "logit_"),
+    "lm_head.",
 )
+NORM_OF_THE_HEAD = "layernorm."  # of BEiT's that fills in what is masked; a backbone's own has a longer name
 
 
 # `AutoConfig`, and through it the Auto model classes and pipelines, know slimmed models from here on.
@@ -233,7 +235,7 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
         raise ModelError(f"{source}: cannot load the model folder ({_first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(problem, ()))
-        if found := [name for name in names if not (new_head and any(part in name for part in NOT_OF_THE_BACKBONE))]:
+        if found := [name for name in names if not (new_head and _is_of_a_head(name))]:
             raise ModelError(
                 f"{source}: {len(found)} {problem.replace('_', ' ')}, such as {found[0]}; the weights do not belong "
                 "to config.json, or the folder is no image classifier"
@@ -241,6 +243,10 @@ def load(source: str, *, new_head: bool = False, towers: bool = False) -> nn.Mod
     module: nn.Module = model
     check_finite(module, source)
     return module.eval()
+
+
+def _is_of_a_head(name: str) -> bool:
+    return any(part in name for part in NOT_OF_THE_BACKBONE) or name.startswith(NORM_OF_THE_HEAD)
 
 
 def _class_of(config: Any) -> Any:

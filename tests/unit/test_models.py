@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import BeitConfig, BeitForMaskedImageModeling, ResNetConfig, ResNetForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import upop
@@ -138,6 +138,19 @@ def test_a_model_trained_to_fill_in_what_is_masked_will_do_too(tmp_path):
     whole.save_pretrained(tmp_path)
     body = load_model(str(tmp_path), new_head=True).model.vit.state_dict()
     assert all(torch.equal(value, whole.vit.state_dict()[name]) for name, value in body.items())
+
+
+def test_so_will_a_beit_that_fills_in_what_is_masked(tmp_path):
+    shape = dict(image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = BeitForMaskedImageModeling(BeitConfig(**shape, intermediate_size=64, vocab_size=20))
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), new_head=True)
+    fit_head_(loaded.model, tuple("abcd"), name="mine", replace=True)
+    assert loaded.model(pixel_values=torch.randn(1, 3, 16, 16)).logits.shape == (1, 4)
+    name = "beit.layers.1.mlp.fc1.weight"
+    assert torch.equal(loaded.model.get_parameter(name), model.get_parameter(name))
+    with pytest.raises(ModelError, match="4 missing keys"):
+        load_model(str(tmp_path))
 
 
 def test_the_image_half_of_a_two_tower_model_will_do_too(tmp_path):
