@@ -38,8 +38,8 @@ def half(model):
     return {s.name: torch.arange(s.units) % 2 == 0 for s in find_structures(model)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+# Of the other kernel, exactness is looked at in float64 below, with finer units.
+@pytest.mark.parametrize(("kernel", "dtype"), [("eager", torch.float32), ("sdpa", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", HF)
 def test_every_hugging_face_family_is_described_rightly(name, kernel, dtype):
     check_family(make_hf(name, attention=kernel, dtype=dtype))

@@ -408,8 +408,8 @@ def test_five_steps_in_a_row_or_a_tenth_of_all_end_the_training(make_model, spli
         fit(model, train, FitOptions(epochs=10, lr=1e-4), accelerator=accelerator)
 
 
-def test_what_was_left_out_is_kept_over_an_interruption(make_model, split, accelerator):
-    whole, kept = make_model("vit", labels=4), []
+def test_what_was_left_out_and_what_chance_draws_are_kept_over_an_interruption(make_model, split, accelerator):
+    whole, kept = make_model("vit", labels=4, hidden_dropout_prob=0.1), []
     resumed = copy.deepcopy(whole)
     options = FitOptions(epochs=7, lr=1e-3)
     handle = broken_at(whole, {2})
