@@ -130,6 +130,5 @@ def _block(model: nn.Module, s: Structure, structures: Sequence[Structure]) -> S
         )
     ends = dict.fromkeys(port.path for each in structures if each.block == s.block for port in each.consumers)
     cost = sum(p.numel() for p in model.get_submodule(s.block).parameters())
-    layer = list(dict.fromkeys(each.block for each in structures)).index(s.block)
     producers = tuple(Port(path, inner=linear(model, path).out_features) for path in ends)
-    return Structure("block", layer, 1, cost, producers, (), floor=0, block=s.block, drops=True)
+    return Structure("block", s.layer, 1, cost, producers, (), floor=0, block=s.block, drops=True)

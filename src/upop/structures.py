@@ -14,6 +14,7 @@ Vocabulary
 Shape suffixes: U units, D width, H heads, K head dim.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -198,15 +199,21 @@ def leave_whole(structures: Sequence[Structure], layers: Sequence[int]) -> tuple
 
     Raises UpopError for a layer that the model has not, and where no other is left.
     """
+    try:
+        wanted = [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise UpopError(f"ignored_layers: expected layers such as (0, -1) or '0,-1', got {layers!r}") from None
     known = sorted({s.layer for s in structures})
-    for layer in layers:
-        if not isinstance(layer, int) or not -len(known) <= layer < len(known):
+    # By their numbers: a family may have left a layer out.
+    numbers = dict(zip(known, known, strict=True)) | {n - len(known): layer for n, layer in enumerate(known)}
+    for layer in wanted:
+        if layer not in numbers:
             raise UpopError(
-                f"ignored_layers: expected layers from 0 to {len(known) - 1}, or -1 to -{len(known)} from the end, "
-                f"got {layer!r}"
+                f"ignored_layers: expected layers from {known[0]} to {known[-1]}, or -1 to -{len(known)} from the "
+                f"end, got {layer}" + ("" if len(known) > known[-1] else f"; there are {', '.join(map(str, known))}")
             )
-    whole = {known[layer] for layer in layers}
-    if whole == set(known):
+    whole = {numbers[layer] for layer in wanted}
+    if whole and whole == set(known):
         raise UpopError("ignored_layers: expected a layer that may be pruned, got all of them")
     return tuple(replace(s, floor=s.width) if s.layer in whole else s for s in structures)
 

@@ -1,5 +1,6 @@
 """Ignored layers keep all of their units, whatever is asked for and however it goes; the others meet the target."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,9 +10,11 @@ from upop.config import ConfigError, make_config
 from upop.cutting import one_shot
 from upop.errors import TargetError, UpopError
 from upop.families import find_structures
+from upop.kinds import refine
 from upop.methods import parse_layers
 from upop.plan import make_plan
 from upop.profiling import count_params
+from upop.structures import leave_whole, whole_layers
 
 LAYERS = 4
 
@@ -133,7 +136,8 @@ def test_mistyped_layers_are_refused(text):
     [
         ((4,), "expected layers from 0 to 3, or -1 to -4 from the end, got 4"),
         ((-5,), "expected layers from 0 to 3, or -1 to -4 from the end, got -5"),
-        (("0",), "got '0'"),
+        (("0",), r"got \('0',\)"),
+        (0, r"expected layers such as \(0, -1\) or '0,-1', got 0"),  # which is no nothing
         ("0-3", "expected a layer that may be pruned, got all of them"),
     ],
 )
@@ -142,3 +146,20 @@ def test_layers_that_there_are_not_are_refused_before_the_model_is_touched(make_
     with pytest.raises(UpopError, match=message):
         Search(model, target="params=0.1", steps=1, ignored_layers=layers)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "layers", [range(2), np.array([0, 1]), (n for n in (0, 1)), {0, 1}], ids=lambda v: type(v).__name__
+)
+def test_layers_may_come_in_whatever_holds_whole_numbers(make_model, layers):
+    assert whole_layers(find_structures(make_model(layers=LAYERS), None, layers)) == [0, 1]
+
+
+def test_a_layer_goes_by_its_own_number_where_its_family_leaves_others_out(make_model):
+    model = make_model(layers=LAYERS)
+    described = [s for s in find_structures(model) if s.layer != 0]
+    structures = refine(model, described, "attn,mlp,block")
+    assert [s.layer for s in structures if s.kind == "block"] == [1, 2, 3]
+    assert whole_layers(leave_whole(structures, (1, -1))) == [1, 3]
+    with pytest.raises(UpopError, match="from 1 to 3, or -1 to -3 from the end, got 0; there are 1, 2, 3"):
+        leave_whole(structures, (0,))

@@ -125,7 +125,7 @@ def find_structures(
     found = found if kinds is None else refine(model, found, kinds)
     refuse_shared(model, found)
     ignored = parse_layers(ignored_layers) if isinstance(ignored_layers, str) else ignored_layers
-    return leave_whole(found, ignored) if ignored else found
+    return leave_whole(found, ignored)
 
 
 def _modules_with_weights(model: nn.Module) -> str:
