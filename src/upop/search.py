@@ -251,6 +251,9 @@ class Search:
             self._scores.take(self.steps_done, scale=scale, last=self.steps_done == self.steps - 1)
         elif self.steps_done == min(max(TRAINED_BY, int(TRAINED_BY_SHARE * self.steps)), self.steps - 1) > 0:
             self._refuse_untrained("step")
+        for s in self.structures:
+            if s.fixed:  # in no optimizer, which would clear it
+                self.masks.values[s.name].grad = None
         self._go_on()
 
     def skip(self) -> None:

@@ -163,3 +163,8 @@ def test_a_layer_goes_by_its_own_number_where_its_family_leaves_others_out(make_
     assert whole_layers(leave_whole(structures, (1, -1))) == [1, 3]
     with pytest.raises(UpopError, match="from 1 to 3, or -1 to -3 from the end, got 0; there are 1, 2, 3"):
         leave_whole(structures, (0,))
+
+
+def test_gradients_of_masks_that_are_not_trained_do_not_pile_up(make_model, images):
+    search = searched(make_model(layers=LAYERS), images, "params=0.3", method="unified", ignored_layers=(0,))
+    assert set(search.masks.unreached()) == {s.name for s in search.structures}  # as a callback asks after a step
