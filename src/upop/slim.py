@@ -47,7 +47,7 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     masked = [m for s in structures for port in s.producers if "forward" in (m := linear(model, port.path)).__dict__]
     memo |= {id(module.__dict__["forward"]): None for module in masked}
     # deepcopy refuses what a hook has kept of the last forward.
-    held = [tensor for module in model.modules() for tensor in _tensors_in(list(vars(module).values()))]
+    held = [tensor for module in model.modules() for tensor in _tensors_in(vars(module), set())]
     memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
     small = copy.deepcopy(model, memo)
     for mark in ACCELERATE_MARKS:
@@ -61,13 +61,14 @@ def slim(model: nn.Module, keep: Keep) -> nn.Module:
     return small
 
 
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in containers within containers."""
+def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors in containers within containers that are not `seen` yet: one may hold itself."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple | Mapping):
+    elif isinstance(value, list | tuple | Mapping) and id(value) not in seen:
+        seen.add(id(value))
         for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(inner)
+            yield from _tensors_in(inner, seen)
 
 
 def refuse_closures(model: nn.Module) -> None:

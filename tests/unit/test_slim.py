@@ -201,10 +201,19 @@ def test_what_accelerate_left_on_the_model_does_not_follow_into_the_smaller_one(
     assert small(images()).logits.dtype == torch.float32, "no precision of another loop's choosing"
 
 
+def within_itself(values):
+    return values.append(values) or values
+
+
 @pytest.mark.parametrize(
     ("kept_as", "inside"),
-    [(lambda x: x, lambda x: x), (lambda x: [x], lambda x: x[0]), (lambda x: {"at": (1, x)}, lambda x: x["at"][1])],
-    ids=["alone", "in a list", "in a dict"],
+    [
+        (lambda x: x, lambda x: x),
+        (lambda x: [x], lambda x: x[0]),
+        (lambda x: {"at": (1, x)}, lambda x: x["at"][1]),
+        (lambda x: within_itself([x]), lambda x: x[0]),
+    ],
+    ids=["alone", "in a list", "in a dict", "in a list that holds itself"],
 )
 def test_what_a_hook_keeps_of_the_last_forward_does_not_stand_in_the_way(
     make_model, images, logits_of, random_keep, kept_as, inside
