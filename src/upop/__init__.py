@@ -46,7 +46,9 @@ def __dir__() -> list[str]:
 
 def _is_the_command() -> bool:
     """Whether this is the program `upop`, or `python -m upop...`, whose first word of help must not take seconds."""
-    return sys.argv[:1] == ["-m"] or (bool(sys.argv) and Path(sys.argv[0]).stem == "upop")
+    if sys.argv[:1] == ["-m"]:  # as long as any module is looked for; its name stands before the arguments
+        return sys.orig_argv[-len(sys.argv)].split(".")[0] in ("upop", "-mupop")
+    return bool(sys.argv) and Path(sys.argv[0]).stem == "upop"
 
 
 if _is_the_command():

@@ -308,6 +308,19 @@ def test_ctrl_c_shows_no_traceback(where, code, said):
     assert (done.returncode, done.stderr.strip()) == (code, said)
 
 
+def test_a_program_whose_package_imports_upop_is_not_taken_for_the_command(tmp_path):
+    """`python -m theirs.train` keeps its Ctrl-C, and transformers know slimmed models in it."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text(
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import upop"
+    )
+    look = "import signal, sys; print(signal.getsignal(signal.SIGINT).__name__, 'upop.pretrained' in sys.modules)"
+    (tmp_path / "theirs" / "train.py").write_text(look)
+    run = [sys.executable, "-m", "theirs.train", "upop"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "default_int_handler True", done.stderr
+
+
 def test_the_demo_is_a_valid_run():
     from upop.demo import demo_config
 
