@@ -137,6 +137,16 @@ def test_controls_of_other_lengths_are_others_and_not_repeats(tmp_path):
     assert not any("repeats" in note for note in results.notes)
 
 
+def test_results_that_do_not_know_of_ignored_layers_are_as_those_that_ignore_none(tmp_path):
+    runs = {f"old-{seed}": fake.result(seed=seed) for seed in range(2)} | {"new-2": fake.result(seed=2)}
+    runs |= {"whole-2": fake.result(seed=2), "control-0": fake.continued(0), "control-1": fake.continued(1)}
+    for label, layers in (("new-2", ""), ("whole-2", "0,-1"), ("control-1", "0,-1")):
+        runs[label]["config"] |= {"ignored_layers": layers}
+    groups = load_results(fake.write(tmp_path, runs)).groups
+    found = [(group.name, [run.seed for run in group.runs]) for group in groups]
+    assert found == [("upop", [0, 1, 2]), ("upop, ignored_layers=0,-1", [2]), ("dense-continued", [0, 1])]
+
+
 def test_what_upop_chose_by_itself_makes_no_variant(tmp_path):
     given = {"compensate": "auto", "lr_mask": None, "epochs_search": 4.0}
     runs = {}

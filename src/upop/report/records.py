@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "tolerance": None,
     "sparsity_attn": 4.8e-3,
     "sparsity_mlp": 2e-4,
+    "ignored_layers": "",
 }
 # Says where or as what a run ran, not what it computed; `method`, `target` and `seed` have places of their own.
 APART = (
@@ -49,6 +50,7 @@ OF_PRUNING = (
     *("structures", "align", "shrink", "schedule", "interval", "normalise", "gradient_order", "compensate"),
     *("binarise", "threshold", "max_drop", "tolerance", "lr_mask", "sparsity_attn", "sparsity_mlp"),
     *("rank_batches", "rank_rounds", "latency_batch", "latency_runtime", "latency_dtype"),
+    "ignored_layers",
 )
 NOT_APPLICABLE = (CONTINUED, DENSE)
 
@@ -314,7 +316,7 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
     found: dict[tuple[Any, ...], Run] = {}
     # Of repeats the one with most stages stands: a run of the search alone may lie beside the whole of it.
     for run in sorted(runs, key=lambda run: -len(run.data["accuracy"])):
-        variant = tuple((key, run.config.get(key)) for key in keys if _departs(run, key, runs, base))
+        variant = tuple((key, _setting(run.config, key)) for key in keys if _departs(run, key, runs, base))
         named = Run(run.label, run.data, variant)
         first = found.setdefault((named.method, named.target, named.variant, named.seed), named)
         if first is not named:
@@ -331,23 +333,29 @@ def _with_variants(runs: list[Run], base: Mapping[str, Any]) -> tuple[tuple[Run,
     return tuple(sorted(found.values(), key=lambda run: run.label)), notes
 
 
+def _setting(settings: Mapping[str, Any], key: str) -> Any:
+    """A setting; where a version that did not know it yet has written the result, as it is by default."""
+    return settings.get(key, DEFAULTS.get(key))
+
+
 def _varies(runs: Sequence[Run], key: str) -> bool:
     """Whether runs differ in a setting, and not only in what upop made of the same one."""
     kinds = ([run.config for run in runs], [run.given for run in runs])
-    return all(len({json.dumps(settings.get(key), sort_keys=True) for settings in kind}) > 1 for kind in kinds)
+    return all(len({json.dumps(_setting(settings, key), sort_keys=True) for settings in kind}) > 1 for kind in kinds)
 
 
 def _departs(run: Run, key: str, runs: Sequence[Run], base: Mapping[str, Any]) -> bool:
     """Whether a setting makes the run a variant of its method."""
     if run.method == CONTINUED and key in OF_PRUNING:
         return False
-    value, standard = run.config.get(key), _standard(key, run.method, runs, base)
+    value, standard = _setting(run.config, key), _standard(key, run.method, runs, base)
     # A setting without a meaning for a method is null there: that is no variant.
     if value == standard or (value is None and DEFAULTS.get(key)):
         return False
     # Nor is what upop made of that which was asked for in standard runs too.
-    asked = [other.given.get(key) for other in _peers(key, run.method, runs) if other.config.get(key) == standard]
-    return "given" not in run.data or run.given.get(key) not in asked
+    peers = _peers(key, run.method, runs)
+    asked = [_setting(other.given, key) for other in peers if _setting(other.config, key) == standard]
+    return "given" not in run.data or _setting(run.given, key) not in asked
 
 
 def _peers(key: str, method: str, runs: Iterable[Run]) -> list[Run]:
@@ -362,7 +370,7 @@ def _standard(key: str, method: str, runs: Iterable[Run], base: Mapping[str, Any
     and data, else over the runs of `method`, because a method may bring its own (how its masks shrink, how long it
     searches).
     """
-    values = Counter(json.dumps(run.config.get(key), sort_keys=True) for run in _peers(key, method, runs))
+    values = Counter(json.dumps(_setting(run.config, key), sort_keys=True) for run in _peers(key, method, runs))
     for known in (base, DEFAULTS):
         if key in known and json.dumps(known[key], sort_keys=True) in values:
             return known[key]
