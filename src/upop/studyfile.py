@@ -172,4 +172,6 @@ def _refuse_namesake(known: StudyRun, run: StudyRun, where: str) -> None:
 
 def _part(key: str, value: Any) -> str:
     text = str(value) if key in ("method", "target") else f"s{value}" if key == "seed" else f"{key}-{value}"
+    # Between numbers a comma says something: layers 1,2 are not layer 12, and 0,-1 is no range.
+    text = re.sub(r",(?=-?\d)", "+", text)
     return re.sub(r"[^A-Za-z0-9.+-]", "", text.replace("_", "-"))

@@ -178,3 +178,11 @@ def test_what_the_dense_model_needs_of_the_data_and_the_machine_reaches_it(tmp_p
     dense = load_study(tmp_path / "few.toml", tmp_path / "out", {"threads": "2"}).dense
     assert dense is not None
     assert dense.config.threads == 2
+
+
+def test_labels_say_which_layers_a_run_ignores(tmp_path):
+    grid = '[[grid]]\nseed = 0\nignored_layers = ["", "1,2", "12", "0,-1", "0-1"]\n'
+    parts = [
+        run.label.removesuffix("_s0").partition("ignored-layers-")[2] for run in study(tmp_path, BASE + grid).runs
+    ]
+    assert parts == ["", "1+2", "12", "0+-1", "0+1"]
