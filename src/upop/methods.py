@@ -16,7 +16,7 @@ Shrink = Literal["progressive", "once"]
 NORMALISE = ("zscore", "minmax", "rank", "none")  # names of upop.ranking.NORMALISERS
 KINDS = ("attn", "dims", "qk", "v", "head", "mlp", "block")  # of units, see upop.kinds
 DEFAULT_KINDS = ("attn", "mlp")
-_LAYERS = re.compile(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*")
+_LAYERS = re.compile(r"\s*(-?\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*")
 
 
 @dataclass(frozen=True)
