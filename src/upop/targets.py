@@ -150,12 +150,13 @@ class Target:
 
     def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
         """Raise TargetError where not even the finest kind comes in steps that meet the target."""
-        steps = {s.name: group_price(s, cost, align) for s in cost.structures}
-        kinds = dict.fromkeys(s.kind for s in cost.structures)
-        worst = {kind: max(steps[s.name] for s in cost.structures if s.kind == kind) for kind in kinds}
-        kind = min(worst, key=lambda kind: worst[kind])
+        worst: dict[str, float] = {}
+        for s in cost.structures:
+            if not s.fixed:
+                worst[s.kind] = max(worst.get(s.kind, 0.0), group_price(s, cost, align))
+        kind = min(worst, key=lambda kind: worst[kind], default="")
         slack = self.slack(cost, budget)
-        if budget > 0 and worst[kind] > slack:
+        if budget > 0 and worst and worst[kind] > slack:
             each = align.get(kind, 1)
             what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
             raise TargetError(

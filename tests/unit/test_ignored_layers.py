@@ -5,8 +5,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from upop import Search, analyze
+from upop import Search, Target, analyze
 from upop.config import ConfigError, make_config
+from upop.costs import unit_cost
 from upop.cutting import one_shot
 from upop.errors import TargetError, UpopError
 from upop.families import find_structures
@@ -14,7 +15,7 @@ from upop.kinds import refine
 from upop.methods import parse_layers
 from upop.plan import make_plan
 from upop.profiling import count_params
-from upop.structures import leave_whole, whole_layers
+from upop.structures import Structure, leave_whole, whole_layers
 
 LAYERS = 4
 
@@ -106,6 +107,16 @@ def test_the_range_that_is_said_is_that_of_the_others(make_model):
         Search(model, target="params=0.9", steps=1, ignored_layers=(0, 3))
     with pytest.raises(TargetError, match=r"those ignored \(0, 3\) all of"):
         Search(model, target="params=0.9", steps=1, ignored_layers=(0, 3), method="progressive")
+
+
+def test_how_large_units_of_the_ignored_layers_are_does_not_matter():
+    def layer(number, units, cost):
+        return Structure("mlp", number, units, cost, producers=(), consumers=())
+
+    coarse, fine = layer(0, 2, 1000), layer(1, 100, 10)
+    with pytest.raises(TargetError, match="one unit of mlp alone is 1,000 parameters"):
+        Target(prunable=0.1).budget(unit_cost((coarse, fine)))
+    assert Target(prunable=0.1).budget(unit_cost(leave_whole((coarse, fine), (0,)))) == pytest.approx(300)
 
 
 def test_a_state_of_a_search_with_others_is_refused(make_model):
