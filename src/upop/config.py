@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upop.errors import UpopError, nearest, shortened
-from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_kinds, parse_layers
+from upop.methods import KINDS, METHODS, NORMALISE, ONE_SHOT, parse_align, parse_kinds, parse_layers
 from upop.schedules import SCHEDULES
 
 STAGES = ("dense", "search", "retrain")
@@ -380,20 +380,6 @@ def is_given(found: object, config: PruneConfig) -> bool:
     usual = {name: PruneConfig.model_fields[name].default for name in wanted if name not in found}
     unused = {name for stage, names in UNUSED_WITHOUT.items() if not config.has(stage) for name in names}
     return all(wanted.get(name) == value for name, value in (usual | found).items() if name not in unused)
-
-
-def parse_align(text: str) -> dict[str, int]:
-    """`attn=8,mlp=64` as kind -> multiple; `none` as nothing. Raises ConfigError for anything else."""
-    found = {}
-    for part in text.split(",") if text != "none" else []:
-        kind, _, number = (piece.strip() for piece in part.partition("="))
-        if kind not in KINDS or not number.isdecimal() or int(number) < 1:
-            raise ConfigError(
-                f"align: expected auto, none, or multiples such as attn=8,mlp=64, got {part.strip()!r}"
-                + nearest(kind, KINDS)
-            )
-        found[kind] = int(number)
-    return found
 
 
 def make_config(values: dict[str, Any], where: str = "options") -> PruneConfig:

@@ -82,6 +82,20 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(layers))
 
 
+def parse_align(text: str) -> dict[str, int]:
+    """`attn=8,mlp=64` as kind -> multiple; `none` as nothing. Raises UpopError for anything else."""
+    found = {}
+    for part in text.split(",") if text != "none" else []:
+        kind, _, number = (piece.strip() for piece in part.partition("="))
+        if kind not in KINDS or not number.isdecimal() or int(number) < 1:
+            raise UpopError(
+                f"align: expected auto, none, or multiples such as attn=8,mlp=64, got {part.strip()!r}"
+                + nearest(kind, KINDS)
+            )
+        found[kind] = int(number)
+    return found
+
+
 def check_known(kinds: Sequence[str], known: Collection[str] = KINDS) -> None:
     """Raise UpopError unless there are kinds, all of them `known`."""
     for kind in kinds or [""]:

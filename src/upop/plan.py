@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from upop import processes
 from upop.analysis import Analysis, analyze
-from upop.config import PruneConfig, given_values, parse_align
+from upop.config import PruneConfig, given_values
 from upop.costs import Cost, params_cost
 from upop.data import Augment, Batches, ImageData, Split, load_data
 from upop.errors import ModelError, TargetError, UpopError
 from upop.families import find_family, find_structures
 from upop.folder import weights_hash
 from upop.latency import LatencyTable
-from upop.methods import METHODS, parse_layers
+from upop.methods import METHODS, parse_align
 from upop.models import LoadedModel, fit_head_, load_model
 from upop.observer import Nobody, Observer
 from upop.penalty import equal_sparsity
@@ -110,7 +110,7 @@ def make_plan(config: PruneConfig, *, latency: LatencyTable | None = None, obser
     target = None if config.open_ended else Target.parse(config.target)
     loaded = load_model(config.model, seed=config.seed, new_head=config.has("dense"))
     kinds = tuple(config.structures.split(","))
-    ignored = parse_layers(config.ignored_layers)
+    ignored = config.ignored_layers
     analyze(loaded.model, kinds, ignored_layers=ignored)  # refuses an unsupported model before any data is read
     if config.has("search") and not find_family(loaded.model).saves:
         raise ModelError(

@@ -200,7 +200,10 @@ class Search:
         everything = torch.ones(sum(s.units for s in self.structures), dtype=torch.bool, device=self._scores.device)
         self._keep = of_each(self.structures, everything)
         if self.trains_masks:
-            for mask in self.masks.values.values():
+            for s in self.structures:
+                # Gradients of what is in no optimizer would pile up: none clears them.
+                self.masks.values[s.name].requires_grad_(not s.fixed)
+            for mask in self.trained_masks():
                 mask.register_post_accumulate_grad_hook(_average_gradient_)  # type: ignore[no-untyped-call]
 
     @property
@@ -251,9 +254,6 @@ class Search:
             self._scores.take(self.steps_done, scale=scale, last=self.steps_done == self.steps - 1)
         elif self.steps_done == min(max(TRAINED_BY, int(TRAINED_BY_SHARE * self.steps)), self.steps - 1) > 0:
             self._refuse_untrained("step")
-        for s in self.structures:
-            if s.fixed:  # in no optimizer, which would clear it
-                self.masks.values[s.name].grad = None
         self._go_on()
 
     def skip(self) -> None:

@@ -150,13 +150,15 @@ class Target:
 
     def _check_steps(self, cost: Cost, align: Mapping[str, int], budget: float) -> None:
         """Raise TargetError where not even the finest kind comes in steps that meet the target."""
+        if budget <= 0:
+            return
         worst: dict[str, float] = {}
         for s in cost.structures:
             if not s.fixed:
                 worst[s.kind] = max(worst.get(s.kind, 0.0), group_price(s, cost, align))
-        kind = min(worst, key=lambda kind: worst[kind], default="")
+        kind = min(worst, key=lambda kind: worst[kind])
         slack = self.slack(cost, budget)
-        if budget > 0 and worst and worst[kind] > slack:
+        if worst[kind] > slack:
             each = align.get(kind, 1)
             what = f"one unit of {kind}" if each == 1 else f"a step of {each} units of {kind}"
             raise TargetError(

@@ -17,8 +17,8 @@ from markdown_it import MarkdownIt
 
 from upop import cli
 from upop.analysis import analyze
-from upop.config import PruneConfig, make_config, parse_align
-from upop.methods import parse_kinds
+from upop.config import PruneConfig, make_config
+from upop.methods import parse_align, parse_kinds
 from upop.studyfile import find_study, load_study
 from upop.targets import Target
 

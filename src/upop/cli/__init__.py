@@ -20,7 +20,7 @@ from upop.allocator import keep_freed_memory
 from upop.cli import bench, export, push, studies, view
 from upop.cli.checks import check_split
 from upop.cli.show import Watcher, err, out, print_plan, print_promises, print_result, quiet_libraries
-from upop.config import ConfigError, PruneConfig, make_config, parse_align
+from upop.config import ConfigError, PruneConfig, make_config
 from upop.configtext import load_config
 from upop.errors import STOPPED, StopError, UpopError
 
@@ -222,7 +222,7 @@ def analyze(
     """
     quiet_libraries()
     from upop.analysis import analyze as analyze_model
-    from upop.methods import parse_kinds, parse_layers
+    from upop.methods import parse_align, parse_kinds, parse_layers
     from upop.models import load_model
     from upop.plan import device_type
     from upop.timing import measure_latency_table

@@ -47,10 +47,9 @@ OF_DATA = ("data", "validation", "subset", "skip_bad")
 LENGTHS = ("epochs_search", "epochs_retrain")
 # Says nothing where nothing is pruned.
 OF_PRUNING = (
-    *("structures", "align", "shrink", "schedule", "interval", "normalise", "gradient_order", "compensate"),
-    *("binarise", "threshold", "max_drop", "tolerance", "lr_mask", "sparsity_attn", "sparsity_mlp"),
+    *("structures", "ignored_layers", "align", "shrink", "schedule", "interval", "normalise", "gradient_order"),
+    *("compensate", "binarise", "threshold", "max_drop", "tolerance", "lr_mask", "sparsity_attn", "sparsity_mlp"),
     *("rank_batches", "rank_rounds", "latency_batch", "latency_runtime", "latency_dtype"),
-    "ignored_layers",
 )
 NOT_APPLICABLE = (CONTINUED, DENSE)
 
